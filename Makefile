@@ -1,0 +1,118 @@
+# Every documented command. Targets hold no logic that the command line lacks: `make -n TARGET` shows it.
+VENV  ?= .venv
+GPUS  ?= 8
+NODES ?= 1
+ARGS  ?=
+PIP_ARGS ?=
+
+PY     := $(VENV)/bin/python
+SMALTO := $(VENV)/bin/smalto
+READY  := $(VENV)/.smalto
+OUT    ?= $(if $(SMALTO_OUTPUTS),$(SMALTO_OUTPUTS),outputs)
+DATA   := $(OUT)/data
+
+# Threads that spin while they wait cost milliseconds per operation on a busy CPU; sleeping ones do not.
+export OMP_WAIT_POLICY ?= PASSIVE
+export SMALTO_LAUNCHED_AT := $(shell date +%Y-%m-%d_%H-%M-%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check unit smoke format mlflow clean resume sample evaluate \
+	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl ablate-tokenizer sweep-scaling
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  VENV=DIR (virtual environment), GPUS=N, NODES=N, ARGS=\"key=value ...\" (passed on to smalto)"
+
+# --- set up -----------------------------------------------------------------------------------------
+
+setup: $(READY) ## create .venv and install smalto with its development tools
+
+$(READY): pyproject.toml
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q $(PIP_ARGS) -e ".[dev,notebooks]"
+	touch $(READY)
+
+# --- the demo: the whole chain on real images, two cores, no download ---------------------------------
+
+demo: $(READY) ## images to tokenizer to generator to samples; about 15 minutes on two cores
+	@echo "[1/6] images to shards"
+	@$(SMALTO) prepare source=fashion_mnist out=$(DATA)/fashion_mnist resize=pad image_size=32
+	@echo "[2/6] tokenizer: images to 64 codes and back"
+	@$(SMALTO) train experiment=demo_tokenizer
+	@echo "[3/6] codes of ten crops of every image"
+	@$(SMALTO) extract tokenizer_ckpt=$(OUT)/demo/tokenizer/checkpoints/last.ckpt data=fashion_mnist \
+	  out=$(DATA)/fashion_mnist_codes crops=ten
+	@echo "[4/6] generator: class to codes"
+	@$(SMALTO) train experiment=demo_gpt
+	@echo "[5/6] samples"
+	@$(SMALTO) sample ckpt=$(OUT)/demo/gpt/checkpoints/last.ckpt out=$(OUT)/demo/samples sampling=demo
+	@echo "[6/6] metrics"
+	@$(SMALTO) evaluate ckpt=$(OUT)/demo/tokenizer/checkpoints/last.ckpt
+	@$(SMALTO) evaluate ckpt=$(OUT)/demo/gpt/checkpoints/last.ckpt sampling=demo baselines=true
+	@echo
+	@echo "sheet of samples:  $(OUT)/demo/samples/sheet.png"
+	@echo "every run:         make mlflow"
+	@echo "draw your own:     $(SMALTO) sample ckpt=$(OUT)/demo/gpt/checkpoints/last.ckpt labels=[Sneaker,Bag] sampling.cfg_scale=4"
+	@echo "next, a larger model on the same codes:  $(SMALTO) train experiment=demo_gpt model=micro hydra.run.dir=$(OUT)/demo/gpt_micro"
+
+# --- checks -------------------------------------------------------------------------------------------
+
+test: check unit smoke ## everything that must pass: check, unit tests, the commands on tiny data
+
+check: $(READY) ## ruff, mypy, import rules
+	$(VENV)/bin/ruff check src tests
+	$(VENV)/bin/ruff format --check src tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+unit: $(READY) ## unit tests
+	$(PY) -m pytest -m "not slow and not gpu and not chain"
+
+smoke: $(READY) ## prepare, train, extract, train, sample, evaluate as commands, on tiny data
+	$(PY) -m pytest -m chain
+
+format: $(READY) ## let ruff rewrite the code
+	$(VENV)/bin/ruff check --fix src tests
+	$(VENV)/bin/ruff format src tests
+
+# --- the paper's models; DATA_DIR as in conf/data/imagenet*.yaml --------------------------------------
+
+train-tokenizer-f16: $(READY) ## VQ-16 on ImageNet shards, GPUS devices
+	$(SMALTO) train experiment=tokenizer_f16 trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+
+train-tokenizer-f8: $(READY) ## VQ-8 on ImageNet shards, GPUS devices
+	$(SMALTO) train experiment=tokenizer_f8 trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+
+train-b: $(READY) ## GPT-B, 111M, on ImageNet codes, GPUS devices
+train-l: $(READY) ## GPT-L, 343M
+train-xl: $(READY) ## GPT-XL, 775M
+train-xxl: $(READY) ## GPT-XXL, 1.4B
+train-b train-l train-xl train-xxl: train-%:
+	$(SMALTO) train experiment=c2i_256 model=$* trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+
+ablate-tokenizer: $(READY) ## one demo tokenizer per named change, compared in MLflow
+	$(SMALTO) train -m experiment=demo_tokenizer name=ablate_tokenizer \
+	  ablation=null,no_gan,no_perceptual,no_entropy,no_l2_norm $(ARGS)
+
+sweep-scaling: $(READY) ## laptop-sized generators of growing size on the demo's codes
+	$(SMALTO) train -m experiment=demo_gpt sweep=scaling $(ARGS)
+
+# --- using what was trained ---------------------------------------------------------------------------
+
+resume: $(READY) ## RUN=outputs/...: continue a run with its own config
+	$(SMALTO) train --config-path=$(abspath $(RUN)) --config-name=config hydra.run.dir=$(RUN) $(ARGS)
+
+sample: $(READY) ## CKPT=...: sheet, pictures, npz
+	$(SMALTO) sample ckpt=$(CKPT) $(ARGS)
+
+evaluate: $(READY) ## CKPT=...: table of metrics
+	$(SMALTO) evaluate ckpt=$(CKPT) $(ARGS)
+
+mlflow: $(READY) ## web page of all runs, on port 5000
+	$(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db --port 5000 $(ARGS)
+
+clean: ## remove caches; never outputs/
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

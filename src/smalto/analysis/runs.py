@@ -1,0 +1,87 @@
+"""MLflow: one record per run, and all of them as a table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client for a tracking store; the folder of an sqlite file is made if missing."""
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri)
+
+
+def record_run(
+    *,
+    tracking_uri: str,
+    artifact_location: str,
+    experiment: str,
+    run_name: str,
+    params: dict[str, Any],
+    metrics: dict[str, float],
+    tags: dict[str, str],
+    artifacts: list[Path],
+) -> str:
+    """Log a job that is over (prepare, extract, sample, evaluate) as a finished run; returns its id."""
+    store = client(tracking_uri)
+    found = store.get_experiment_by_name(experiment)
+    if found is None:
+        experiment_id = store.create_experiment(experiment, artifact_location=artifact_location)
+    else:
+        experiment_id = found.experiment_id
+    run = store.create_run(experiment_id, run_name=run_name, tags=tags)
+    now = run.info.start_time
+    store.log_batch(
+        run.info.run_id,
+        params=[Param(key, str(value)[:6000]) for key, value in params.items()],
+        metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
+    )
+    for artifact in artifacts:
+        store.log_artifact(run.info.run_id, str(artifact))
+    store.set_terminated(run.info.run_id)
+    return run.info.run_id
+
+
+def runs_table(tracking_uri: str, experiments: list[str] | None = None) -> pd.DataFrame:
+    """One row per run, newest first: ``run_id, experiment, name, status``, ``params.*``, ``metrics.*``, ``tags.*``.
+
+    Args:
+        tracking_uri: for instance ``sqlite:///outputs/mlflow.db``.
+        experiments: names; None takes all.
+
+    Parameters that are JSON numbers, lists or booleans come back as such.
+    """
+    store = client(tracking_uri)
+    known = {e.experiment_id: e.name for e in store.search_experiments()}
+    wanted = [i for i, name in known.items() if experiments is None or name in experiments]
+    rows = []
+    token: str | None = None
+    while wanted:
+        page = store.search_runs(wanted, page_token=token, max_results=1000)
+        for run in page:
+            row = {
+                "run_id": run.info.run_id,
+                "experiment": known[run.info.experiment_id],
+                "name": run.info.run_name,
+                "status": run.info.status,
+            }
+            row |= {f"params.{key}": _parsed(value) for key, value in run.data.params.items()}
+            row |= {f"metrics.{key}": value for key, value in run.data.metrics.items()}
+            row |= {f"tags.{key}": value for key, value in run.data.tags.items()}
+            rows.append(row)
+        token = page.token
+        if not token:
+            break
+    return pd.DataFrame(rows)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

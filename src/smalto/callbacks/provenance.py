@@ -1,0 +1,90 @@
+"""What a run was: its config, versions and commit, in the run folder, in the logger and in every checkpoint."""
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from smalto import __version__
+from smalto.tasks.checkpoint import CONFIG_KEY
+
+log = logging.getLogger(__name__)
+PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "webdataset", "mlflow", "numpy")
+
+
+def git_commit() -> str:
+    """Commit of the checkout that runs, ``-dirty`` appended if it has changes; ``unknown`` outside of one."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Provenance(L.Callback):
+    """Writes and logs the origin of a run.
+
+    Args:
+        config: the resolved config as plain data.
+        kind: ``tokenizer`` or ``gpt``.
+    """
+
+    def __init__(self, config: dict[str, Any], *, kind: str) -> None:
+        self.config = config
+        self.kind = kind
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Log parameters and versions, and print what is about to happen."""
+        folder = Path(trainer.default_root_dir)
+        origin = {
+            "commit": git_commit(),
+            "smalto": __version__,
+            "python": platform.python_version(),
+            "command": " ".join(sys.argv),
+            **{name: version(name) for name in PACKAGES},
+        }
+        (folder / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+        trainable = sum(p.numel() for p in pl_module.net.parameters() if p.requires_grad)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
+            if isinstance(logger, MLFlowLogger):
+                run_id = logger.run_id
+                for key, value in origin.items():
+                    logger.experiment.set_tag(run_id, key, value)
+                logger.experiment.log_text(run_id, yaml.safe_dump(self.config, sort_keys=False), "config.yaml")
+                logger.experiment.log_metric(run_id, "parameters", trainable)
+                logger.experiment.update_run(run_id, status="RUNNING")
+        log.info(
+            "%s of %s parameters, %d device(s), global batch %s, to step %s; run folder %s",
+            self.kind,
+            f"{trainable:,}",
+            trainer.world_size,
+            self.config["data"].get("batch_size"),
+            trainer.max_steps if trainer.max_steps > 0 else f"epoch {trainer.max_epochs}",
+            folder,
+        )
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Checkpoints carry their config, so that using one needs nothing else."""
+        checkpoint[CONFIG_KEY] = {
+            "version": __version__,
+            "kind": self.kind,
+            "config": self.config,
+            "classes": list(getattr(getattr(trainer, "datamodule", None), "classes", None) or []),
+        }

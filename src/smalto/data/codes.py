@@ -1,0 +1,244 @@
+"""Codes for training a generator: packed shards, mapped into memory, gathered a batch at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalto.data.module import StatelessDataModule
+from smalto.data.order import sample_uniform
+from smalto.data.shards import CODES, map_member, read_meta, tar_members
+from smalto.data.write import TarShard, npy_bytes
+
+_CROP = 1  # stream number of the choice of crop
+
+
+def code_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
+    """Smallest stored type that holds every code."""
+    return np.uint16 if codebook_size <= 2**16 else np.uint32
+
+
+def add_code_block(shard: TarShard, block: int, codes: np.ndarray, labels: np.ndarray) -> None:
+    """Append block number ``block`` of a split to ``shard``.
+
+    Args:
+        shard: being written.
+        block: counts from 0 in the split.
+        codes: uint16 or uint32 (n, crops, tokens).
+        labels: int64 (n,).
+    """
+    shard.add(f"{block:06d}.codes.npy", npy_bytes(codes))
+    shard.add(f"{block:06d}.label.npy", npy_bytes(labels))
+
+
+class CodeReader:
+    """Codes of one split by image number; nothing is read before it is asked for.
+
+    Each shard is one flat memory map, and an image is a run of numbers in it, so a batch is one gather
+    per shard it touches, not one read per image.
+
+    Args:
+        path: folder of code shards.
+        meta: its meta.json.
+        split: ``train`` or ``val``; a split that is not there is empty.
+
+    Attributes:
+        labels: int64 (N,).
+
+    Raises:
+        ValueError: a shard holds other than what meta.json says.
+    """
+
+    def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
+        self._num_crops = len(meta["crops"])
+        self._num_tokens = sum(height * width for height, width in meta["code_shape"])
+        dtype = np.dtype(meta["dtype"])
+        shards = meta["splits"].get(split, {"shards": []})["shards"]
+        # each shard, seen as numbers of the codes' type from its first byte
+        self._flat: list[np.ndarray] = []
+        starts: list[np.ndarray] = []  # place of each image in its shard's flat view
+        labels: list[np.ndarray] = []
+        for shard in shards:
+            file = Path(path) / shard["name"]
+            found = 0
+            for member in tar_members(file):
+                block = map_member(file, member)
+                if member.name.endswith(".label.npy"):
+                    labels.append(np.array(block))
+                elif member.name.endswith(".codes.npy"):
+                    if block.dtype != dtype or block.shape[1:] != (self._num_crops, self._num_tokens):
+                        raise ValueError(
+                            f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says {dtype} "
+                            f"(n, {self._num_crops}, {self._num_tokens}); extract it again with "
+                            "overwrite=true"
+                        )
+                    first = block.offset // dtype.itemsize  # tar and npy headers are multiples of 64 bytes
+                    starts.append(first + np.arange(len(block)) * (self._num_crops * self._num_tokens))
+                    found += len(block)
+            if found != shard["num_images"]:
+                raise ValueError(
+                    f"{file} holds codes of {found} images, meta.json says {shard['num_images']}; "
+                    "extract it again with overwrite=true"
+                )
+            self._flat.append(np.memmap(file, dtype=dtype, mode="r", shape=file.stat().st_size // dtype.itemsize))
+        counts = [shard["num_images"] for shard in shards]
+        self._shard = np.repeat(np.arange(len(shards)), counts)
+        self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
+        self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def gather(self, indices: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        """Codes of images ``indices``, each in its crop: int64 (B, tokens).
+
+        Args:
+            indices: (B,) image numbers.
+            crops: (B,) numbers of stored crops.
+        """
+        starts = self._start[indices] + crops * self._num_tokens
+        places = starts[:, None] + np.arange(self._num_tokens)
+        shards = self._shard[indices]
+        if len(self._flat) == 1:
+            return self._flat[0][places].astype(np.int64)
+        codes = np.empty(places.shape, np.int64)
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            codes[rows] = self._flat[shard][places[rows]]
+        return codes
+
+
+class CodeShards(StatelessDataModule):
+    """Batches ``{"codes": int64 (B, L), "label": int64 (B,)}`` from a folder of code shards.
+
+    A training image appears in one of its stored crops, chosen by (seed, epoch, image); validation
+    always takes the centre, not mirrored.
+
+    Args:
+        path: folder that ``smalto extract`` wrote.
+        batch_size: global.
+        num_workers: processes that gather; 0 is enough for any model, a batch takes under a millisecond.
+        seed: of order and crops.
+        codebook_size: of the tokenizer the model is built for.
+        code_shape: of that tokenizer: [[h, w]], one pair per scale.
+        crops: which training draws from: ``all`` stored, ``no_flip`` those not mirrored, ``center`` only.
+        tokenizer_fingerprint: weights the codes must come from; None: any with the same codebook and shape.
+        val_batch_size: global; None: as ``batch_size``.
+
+    Attributes:
+        num_train: training images.
+        num_val: validation images.
+        num_classes: None for images without labels.
+        classes: names; may be empty.
+        meta: the whole meta.json.
+
+    Raises:
+        ValueError: shards of another tokenizer, crops that are not stored, image shards, arguments out
+            of range.
+        FileNotFoundError: nothing extracted at ``path``.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Path,
+        batch_size: int,
+        seed: int,
+        codebook_size: int,
+        code_shape: Sequence[Sequence[int]],
+        crops: Literal["all", "center", "no_flip"],
+        num_workers: int = 0,
+        tokenizer_fingerprint: str | None = None,
+        val_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
+        if crops not in ("all", "center", "no_flip"):
+            raise ValueError(f"crops is {crops!r}; it must be all, center or no_flip")
+        self.path = Path(path)
+        self._codebook_size = codebook_size
+        self._code_shape = [list(scale) for scale in code_shape]
+        self._crops = crops
+        self._fingerprint = tokenizer_fingerprint
+        self._readers: dict[str, CodeReader] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the shards against the model and map them; a second call does nothing."""
+        if self._readers:
+            return
+        self.meta = read_meta(self.path, CODES)
+        self._check_tokenizer()
+        names: list[str] = self.meta["crops"]
+        plain = [number for number, name in enumerate(names) if not _is_mirrored(name)]
+        centers = [number for number in plain if names[number].partition("@")[0] == "center"]
+        if not centers:
+            raise ValueError(
+                f"{self.path} has no centre crop, which validation needs (it has {', '.join(names)}); "
+                "run smalto extract again with crops=ten, center_flip or center"
+            )
+        self._val_crop = centers[0]
+        self._train_crops = np.array({"all": range(len(names)), "no_flip": plain, "center": centers}[self._crops])
+        self.num_classes: int | None = self.meta["num_classes"]
+        self.classes: list[str] = self.meta["classes"]
+        self._readers = {split: CodeReader(self.path, self.meta, split) for split in ("train", "val")}
+        self.num_train, self.num_val = (len(self._readers[split]) for split in ("train", "val"))
+
+    def fetch_train(self, epoch: int, indices: np.ndarray) -> dict[str, Tensor]:
+        """Training codes, each in the crop of this epoch."""
+        draws = sample_uniform(self.seed, epoch, indices, _CROP)
+        return self._batch("train", indices, self._train_crops[(draws * len(self._train_crops)).astype(np.int64)])
+
+    def fetch_val(self, epoch: int, indices: np.ndarray) -> dict[str, Tensor]:
+        """Validation codes of the centre crop."""
+        return self._batch("val", indices, np.full(len(indices), self._val_crop))
+
+    def class_frequencies(self) -> np.ndarray:
+        """Share of each class among the training images, float64 (num_classes,), sum 1.
+
+        Raises:
+            ValueError: the images have no labels.
+        """
+        if self.num_classes is None:
+            raise ValueError(f"the images of {self.path} have no labels")
+        return np.bincount(self._readers["train"].labels, minlength=self.num_classes) / self.num_train
+
+    def code_histogram(self, split: Literal["train", "val"] = "train") -> np.ndarray:
+        """How often each code occurs in the centre crops of ``split``: int64 (codebook_size,)."""
+        reader = self._readers[split]
+        counts = np.zeros(self._codebook_size, np.int64)
+        for start in range(0, len(reader), 4096):
+            indices = np.arange(start, min(start + 4096, len(reader)))
+            codes = reader.gather(indices, np.full(len(indices), self._val_crop))
+            counts += np.bincount(codes.ravel(), minlength=self._codebook_size)
+        return counts
+
+    def _batch(self, split: str, indices: np.ndarray, crops: np.ndarray) -> dict[str, Tensor]:
+        reader = self._readers[split]
+        return {
+            "codes": torch.from_numpy(reader.gather(indices, crops)),
+            "label": torch.from_numpy(reader.labels[indices]),
+        }
+
+    def _check_tokenizer(self) -> None:
+        meta, problems = self.meta, []
+        if meta["codebook_size"] != self._codebook_size:
+            problems.append(f"codebook_size {meta['codebook_size']}, the model expects {self._codebook_size}")
+        if meta["code_shape"] != self._code_shape:
+            problems.append(f"code_shape {meta['code_shape']}, the model expects {self._code_shape}")
+        found = meta["tokenizer"]["fingerprint"]
+        if self._fingerprint is not None and found != self._fingerprint:
+            problems.append(f"tokenizer weights {found}, the model expects {self._fingerprint}")
+        if problems:
+            raise ValueError(
+                f"{self.path} was extracted with {'; '.join(problems)}. It was made by "
+                f"{meta['tokenizer']['path']}: "
+                "choose the tokenizer options that match it, or run smalto extract with the "
+                "tokenizer you train for "
+                "and set data.path to its out="
+            )
+
+
+def _is_mirrored(crop: str) -> bool:
+    return crop.partition("@")[0].endswith("_flip")

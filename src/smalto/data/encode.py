@@ -1,0 +1,128 @@
+"""One source record to the members of a shard: decode, resize, encode. Runs in workers, without torch."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from smalto.data.sources import Record
+from smalto.data.transforms import center_crop, decode_image, pad_to, resize_short_side, to_rgb
+
+Resize = Literal["keep", "center_crop", "short_side", "pad"]
+Encoding = Literal["png", "jpg", "webp"]
+
+_PILLOW_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are stored.
+
+    Args:
+        resize: ``keep`` the size; ``center_crop`` to a square (ADM); ``short_side`` to ``image_size``, aspect
+            kept; ``pad`` with black to a square.
+        image_size: side in pixels; None with ``keep``.
+        encoding: ``png`` and ``webp`` are lossless, ``jpg`` is not.
+        quality: ``jpg``: 1..100; ``png``: zlib level 0..9; ``webp``: effort 0..6 (files get smaller, not
+            better).
+
+    Raises:
+        ValueError: an unknown word, a quality outside its range, or a size that is missing or not used.
+    """
+
+    resize: Resize
+    image_size: int | None
+    encoding: Encoding
+    quality: int
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.resize not in ("keep", "center_crop", "short_side", "pad"):
+            problems.append(f"resize is {self.resize!r}, must be keep, center_crop, short_side or pad")
+        elif self.resize == "keep" and self.image_size is not None:
+            problems.append(
+                f"image_size is {self.image_size} but resize=keep leaves images as they are: "
+                "set resize=center_crop, short_side or pad"
+            )
+        elif self.resize != "keep" and (self.image_size is None or self.image_size < 1):
+            problems.append(f"resize={self.resize} needs image_size, the side in pixels; it is {self.image_size}")
+        limits = {"jpg": (1, 100), "png": (0, 9), "webp": (0, 6)}
+        if self.encoding not in limits:
+            problems.append(f"encoding is {self.encoding!r}, must be png, jpg or webp")
+        elif not limits[self.encoding][0] <= self.quality <= limits[self.encoding][1]:
+            low, high = limits[self.encoding]
+            problems.append(f"quality is {self.quality}, must be in {low}..{high} for {self.encoding}")
+        if problems:
+            raise ValueError("prepare: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record on its way to a shard: where it goes, and what was read, or why it could not be."""
+
+    key: str
+    name: str
+    record: Record | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Members of one image; ``data`` is None when the image was rejected for ``reason``."""
+
+    key: str
+    name: str
+    data: bytes | None
+    size: tuple[int, int]  # height, width
+    label: int | None
+    caption: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class EncodeChunk:
+    """The pickled function of the workers: a list of items to a list of results."""
+
+    recipe: Recipe
+
+    def __call__(self, items: list[Item]) -> list[Encoded]:
+        """Encode each; damaged images come back rejected, never dropped."""
+        return [encode(item, self.recipe) for item in items]
+
+
+def encode(item: Item, recipe: Recipe) -> Encoded:
+    """One item by ``recipe``."""
+    if item.record is None:
+        return Encoded(item.key, item.name, None, (0, 0), None, None, item.reason)
+    try:
+        data, size = _encode_image(item.record.image, recipe)
+    except ValueError as error:
+        return Encoded(item.key, item.name, None, (0, 0), None, None, str(error))
+    return Encoded(item.key, item.name, data, size, item.record.label, item.record.caption)
+
+
+def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, tuple[int, int]]:
+    image = decode_image(source) if isinstance(source, bytes) else to_rgb(source)
+    if recipe.resize == "keep" and isinstance(source, bytes) and _is_stored_form(source, recipe):
+        return source, (image.height, image.width)  # decoded all the same: that is the check for damage
+    side = recipe.image_size
+    if side is not None:
+        resize = {"center_crop": center_crop, "short_side": resize_short_side, "pad": pad_to}[recipe.resize]
+        image = resize(image, side)
+    buffer = io.BytesIO()
+    options = {
+        "png": {"compress_level": recipe.quality},
+        "jpg": {"quality": recipe.quality},
+        "webp": {"lossless": True, "method": recipe.quality, "quality": 50},
+    }[recipe.encoding]
+    image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
+    return buffer.getvalue(), (image.height, image.width)
+
+
+def _is_stored_form(data: bytes, recipe: Recipe) -> bool:
+    """Whether a file may stay as it is: right format, plain RGB, upright. Saves JPEGs a second loss."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = image.getexif().get(0x0112, 1) == 1
+        plain = image.mode == "RGB" and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+        return image.format == _PILLOW_FORMAT[recipe.encoding] and plain and upright

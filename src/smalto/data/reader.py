@@ -1,0 +1,89 @@
+"""Images of one split by number: members located once, then one read and one decode each."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from smalto.data.shards import tar_members
+from smalto.data.transforms import decode_image
+
+
+class ImageReader:
+    """Random access to the images of a split.
+
+    Args:
+        path: folder of image shards.
+        meta: its meta.json.
+        split: ``train`` or ``val``; a split that is not there is empty.
+
+    Attributes:
+        labels: int64 (N,); -1 where the images have no labels.
+
+    Raises:
+        ValueError: a shard holds other than what meta.json says.
+    """
+
+    def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
+        shards = meta["splits"].get(split, {"shards": []})["shards"]
+        self._paths = [Path(path) / shard["name"] for shard in shards]
+        self._files: dict[int, int] = {}  # shard number to file descriptor, per process
+        self._pid = os.getpid()
+        places: list[tuple[int, int, int]] = []
+        labels: list[int] = []
+        for number, (file, shard) in enumerate(zip(self._paths, shards, strict=True)):
+            found = _locate_images(file, meta["encoding"])
+            if len(found) != shard["num_images"]:
+                raise ValueError(
+                    f"{file} holds {len(found)} images, meta.json says {shard['num_images']}; prepare it again"
+                )
+            places += [(number, offset, size) for offset, size, _ in found]
+            labels += [label for _, _, label in found]
+        self._places = np.array(places, np.int64).reshape(-1, 3)
+        self.labels = np.array(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Image.Image:
+        """Image ``index``, RGB.
+
+        Raises:
+            ValueError: damaged.
+        """
+        number, offset, size = map(int, self._places[index])
+        try:
+            return decode_image(os.pread(self._descriptor(number), size, offset))
+        except ValueError as error:
+            raise ValueError(f"image {index} in {self._paths[number]} is damaged: {error}") from error
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """Images of equal size as uint8 (len(indices), 3, H, W)."""
+        return stack_pixels([self.read(int(index)) for index in indices])
+
+    def _descriptor(self, number: int) -> int:
+        if self._pid != os.getpid():  # a forked worker opens its own
+            self._files, self._pid = {}, os.getpid()
+        if number not in self._files:
+            self._files[number] = os.open(self._paths[number], os.O_RDONLY)
+        return self._files[number]
+
+
+def stack_pixels(images: list[Image.Image]) -> np.ndarray:
+    """RGB pictures of equal size as one fresh uint8 (B, 3, H, W)."""
+    return np.ascontiguousarray(np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2))
+
+
+def _locate_images(path: Path, encoding: str) -> list[tuple[int, int, int]]:
+    """Offset, size and label of every image of a shard, in order."""
+    found: dict[str, list[int]] = {}
+    with path.open("rb") as file:
+        for member in tar_members(path):
+            key, _, suffix = member.name.partition(".")
+            if suffix == encoding:
+                found[key] = [member.offset, member.size, -1]
+            elif suffix == "cls":
+                found[key][2] = int(os.pread(file.fileno(), member.size, member.offset))
+    return [(offset, size, label) for offset, size, label in found.values()]

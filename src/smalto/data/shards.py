@@ -1,0 +1,177 @@
+"""Reading what ``smalto prepare`` and ``smalto extract`` wrote: meta.json, member offsets, arrays in place.
+
+A data set is a folder of plain tar files and a ``meta.json``. Members are found once, by walking the headers;
+after that an image is one read at an offset and a block of codes is a memory map into the tar itself.
+"""
+
+import glob
+import itertools
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+
+IMAGES: Final = "smalto-images"
+CODES: Final = "smalto-codes"
+VERSION = 1
+META = "meta.json"
+_BLOCK = 512  # tar's unit: every header and every member starts at a multiple
+
+_MAKE = {
+    IMAGES: "make it with: smalto prepare source=NAME out={path}",
+    CODES: "make it with: smalto extract tokenizer_ckpt=CHECKPOINT data=IMAGE_SHARDS out={path}",
+}
+_KIND = {IMAGES: "image shards", CODES: "code shards"}
+
+
+class Member(NamedTuple):
+    """One file inside a tar."""
+
+    name: str
+    offset: int  # of the first content byte in the tar
+    size: int
+
+
+def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes"]) -> dict[str, Any]:
+    """The meta.json of the data set in folder ``path``, checked against what is there.
+
+    Raises:
+        FileNotFoundError: no such folder, no meta.json (unfinished or not ours), or a shard is missing.
+        ValueError: the other kind of shards, another version, unreadable, or a shard of another size.
+    """
+    path = Path(path)
+    make = _MAKE[expected].format(path=path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no data at {path}; {make}")
+    if not (path / META).is_file():
+        unfinished = " (it was begun but not finished: run the same command again)"
+        raise FileNotFoundError(
+            f"{path} has no {META}, so it holds no finished {_KIND[expected]}"
+            f"{unfinished if (path / 'plan.json').exists() else ''}; {make}"
+        )
+    try:
+        meta = json.loads((path / META).read_text())
+        found, version = meta["format"], meta["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / META} is not a smalto {META} ({error}); {make}") from error
+    if found != expected:
+        raise ValueError(
+            f"{path} holds {_KIND.get(found, found)}, but {_KIND[expected]} are needed here; "
+            f"give another folder or {make}"
+        )
+    if version != VERSION:
+        raise ValueError(f"{path} is version {version}, this smalto reads version {VERSION}; {make}")
+    for shard in itertools.chain.from_iterable(split["shards"] for split in meta["splits"].values()):
+        file = path / shard["name"]
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is listed in {META} but missing; restore it, or {make}")
+        if file.stat().st_size != shard["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, {META} says {shard['bytes']}: "
+                f"copied incompletely or changed; restore it, or {make} overwrite=true"
+            )
+    return meta
+
+
+def expand_paths(pattern: str | Path) -> list[Path]:
+    """Files meant by a path with braces (``a-{000..009}.tar``, ``{train,val}-*.tar``) and wildcards, sorted.
+
+    A folder means every ``*.tar`` in it.
+
+    Raises:
+        FileNotFoundError: a part of the pattern matches no file.
+    """
+    if Path(pattern).is_dir():
+        pattern = Path(pattern) / "*.tar"
+    paths: list[Path] = []
+    for part in _expand_braces(str(pattern)):
+        found = sorted(map(Path, glob.glob(part)))
+        if not found:
+            raise FileNotFoundError(f"{part} matches no file (from {pattern}); check the path")
+        paths += found
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        choices = [f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        text
+        for choice in choices
+        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def tar_members(path: str | Path) -> Iterator[Member]:
+    """Regular files of an uncompressed tar in order, read from the headers alone.
+
+    Raises:
+        ValueError: compressed, cut short, or otherwise not a plain tar.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        if path.stat().st_size < _BLOCK:
+            raise ValueError(f"{path} is not a tar file: it has {path.stat().st_size} bytes")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from _walk_headers(data, path)
+
+
+def _walk_headers(data: mmap.mmap, path: Path) -> Iterator[Member]:
+    position, long_name = 0, None
+    while position + _BLOCK <= len(data):
+        header = data[position : position + _BLOCK]
+        if header == bytes(_BLOCK):
+            return
+        if header[257:262] != b"ustar":
+            raise ValueError(f"{path} is not a plain tar file (no header at byte {position}); unpack .gz first")
+        size = int(header[124:136].rstrip(b"\0 ") or b"0", 8) if header[124] < 128 else int.from_bytes(header[125:136])
+        offset, kind = position + _BLOCK, header[156:157]
+        position = offset + -(-size // _BLOCK) * _BLOCK
+        if offset + size > len(data):
+            raise ValueError(f"{path} ends inside a member; it was copied or written incompletely")
+        if kind == b"L":  # GNU: the content is the name of the next member
+            long_name = data[offset : offset + size].rstrip(b"\0").decode()
+        elif kind == b"x":  # POSIX: the same as one of several records "length key=value"
+            found = re.search(rb"\d+ path=([^\n]+)\n", data[offset : offset + size])
+            long_name = found[1].decode() if found else None
+        elif kind in (b"0", b"\0"):
+            prefix = header[345:500].split(b"\0", 1)[0]
+            name = header[:100].split(b"\0", 1)[0]
+            yield Member(long_name or (prefix + b"/" + name if prefix else name).decode(), offset, size)
+            long_name = None
+
+
+def read_member(path: str | Path, member: Member) -> bytes:
+    """Content of one member."""
+    with Path(path).open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def map_member(path: str | Path, member: Member) -> np.memmap:
+    """An ``.npy`` member as a read-only memory map into the tar; nothing is read yet.
+
+    The map's ``offset`` attribute is the place of element 0 in the file.
+
+    Raises:
+        ValueError: not a C-contiguous ``.npy`` of plain numbers.
+    """
+    with Path(path).open("rb") as file:
+        file.seek(member.offset)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        if fortran_order or dtype.hasobject:
+            raise ValueError(f"{member.name} in {path} is not a plain C-ordered array")
+        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)

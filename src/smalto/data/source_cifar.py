@@ -1,0 +1,108 @@
+"""CIFAR-10 in the files of its authors."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smalto.data.sources import ArraySource, Part
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+class Cifar10(ArraySource):
+    """CIFAR-10: 60,000 colour photographs of 32x32, 10 classes, split train / test (Krizhevsky 2009).
+
+    Args:
+        path: folder with ``data_batch_1`` .. ``data_batch_5`` and ``test_batch`` (python version) or the
+            same with ``.bin`` (binary version); None looks in ``download_dir``.
+        download: fetch the python version with torchvision when it is not found.
+        download_dir: where downloads go.
+
+    Raises:
+        FileNotFoundError: no batches found.
+        ValueError: a batch file is damaged or asks for foreign code.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Path | None = None,
+        download: bool = False,
+        download_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(CIFAR10_CLASSES)
+        if path is None and download_dir is None:
+            raise ValueError("cifar10 needs source.path, the folder with data_batch_1 .. test_batch")
+        self._path, self._download, self._download_dir = path, download, download_dir
+
+    def load(self) -> list[Part]:
+        """Five training batches and the test batch."""
+        names = [(f"data_batch_{n}", "train") for n in range(1, 6)] + [("test_batch", "test")]
+        folder = Path(self._path) if self._path is not None else Path(str(self._download_dir)) / "cifar-10-batches-py"
+        present = [p for p in (folder / names[0][0], folder / f"{names[0][0]}.bin") if p.is_file()]
+        if not present and self._download:
+            from torchvision.datasets import CIFAR10
+
+            CIFAR10(str(folder.parent), download=True)
+            present = [folder / names[0][0]]
+        if not present:
+            raise FileNotFoundError(
+                f"no data_batch_1 or data_batch_1.bin in {folder}; set source.path to the unpacked "
+                "cifar-10-batches-py or -bin, or set source.download=true"
+            )
+        suffix = present[0].suffix
+        read = _read_cifar_binary if suffix else _read_cifar_pickle
+        return [(name, split, *read(folder / (name + suffix))) for name, split in names]
+
+
+def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.frombuffer(path.read_bytes(), np.uint8)
+    if rows.size == 0 or rows.size % 3073:
+        raise ValueError(f"{path} has {rows.size} bytes; binary CIFAR-10 has 3,073 for each image")
+    rows = rows.reshape(-1, 3073)
+    return np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0]
+
+
+def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        pixels, labels = batch[b"data"], batch[b"labels"]
+        images = np.asarray(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a CIFAR-10 batch: {error}") from error
+    return np.ascontiguousarray(images), np.asarray(labels, np.int64)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; a pickle that names anything else is refused, not run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _reconstruct
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how python 3 writes bytes in protocol 2
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a batch of images does not need")
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray:
+    return np.ndarray.__new__(kind, shape, dtype.decode() if isinstance(dtype, bytes) else dtype)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")

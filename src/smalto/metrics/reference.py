@@ -1,0 +1,141 @@
+"""What is remembered of the real images, so that they need not be looked at again."""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalto.metrics.distribution import Gaussian
+from smalto.metrics.probe import ClassMeans
+
+FORMAT = "smalto-reference"
+VERSION = 1
+Kind = Literal["generation", "reconstruction"]
+KINDS = ("generation", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a set of real images under one feature extractor.
+
+    Args:
+        extractor: name of the extractor; numbers against another one mean nothing.
+        kind: ``generation`` (the training distribution a generator is compared with) or ``reconstruction``
+            (the held-out images that were encoded and decoded). Mixing the two up is the best known way to
+            irreproducible FID.
+        images: which images: a hash of their description, or a name.
+        gaussian: moments over all images.
+        pool: (M, D) float32 features of the first M images, for precision and recall; M may be 0.
+        classes: fitted class probe, None for images without labels.
+    """
+
+    extractor: str
+    kind: Kind
+    images: str
+    gaussian: Gaussian
+    pool: Tensor
+    classes: ClassMeans | None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of reference is {self.kind!r}, must be one of {', '.join(KINDS)}")
+
+    def require(self, *, extractor: str, kind: Kind, where: str = "the reference") -> None:
+        """Refuse to be compared with features of another kind.
+
+        Raises:
+            ValueError: another extractor or kind.
+        """
+        if self.extractor != extractor:
+            raise ValueError(
+                f"{where} was measured with features {self.extractor}, this run uses {extractor}; numbers of "
+                "different extractors cannot be compared: choose its features, or measure it again"
+            )
+        if self.kind != kind:
+            raise ValueError(
+                f"{where} is for {self.kind}, asked for was {kind}; generated images are compared with the "
+                "training images, reconstructions with the images they were made from"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz file; it appears under its name only when complete.
+
+        Raises:
+            FileExistsError: there is a file already.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{path} exists; remove it or choose another name for the reference")
+        arrays: dict[str, np.ndarray] = {
+            "format": np.array(FORMAT),
+            "version": np.array(VERSION),
+            "extractor": np.array(self.extractor),
+            "kind": np.array(self.kind),
+            "images": np.array(self.images),
+            "n": np.array(self.gaussian.n),
+            "mean": self.gaussian.mean.double().cpu().numpy(),
+            "cov": self.gaussian.cov.double().cpu().numpy(),
+            "pool": self.pool.float().cpu().numpy(),
+        }
+        if self.classes is not None:
+            arrays["class_mean"] = self.classes.mean.float().cpu().numpy()
+            arrays["class_std"] = self.classes.std.float().cpu().numpy()
+            arrays["class_count"] = self.classes.count.cpu().numpy()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # stubs take the names for allow_pickle
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, extractor: str, kind: Kind) -> "Reference":
+        """Read a file written by `save`, only if it fits.
+
+        Args:
+            path: the file.
+            extractor: name of the extractor that will be compared with it.
+            kind: what will be compared with it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no reference file, or made with another extractor, or of another kind.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no reference at {path}; measure the real images first")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+            raise ValueError(f"{path} is not a reference written by smalto: {error}") from error
+        if str(arrays.get("format")) != FORMAT or int(arrays["version"]) != VERSION:
+            raise ValueError(f"{path} is not a reference of format {FORMAT} {VERSION}; measure it again")
+        classes = None
+        if "class_mean" in arrays:
+            classes = ClassMeans(
+                mean=torch.from_numpy(arrays["class_mean"]),
+                std=torch.from_numpy(arrays["class_std"]),
+                count=torch.from_numpy(arrays["class_count"]),
+            )
+        stored_kind: Kind = "reconstruction" if str(arrays["kind"]) == "reconstruction" else "generation"
+        reference = cls(
+            extractor=str(arrays["extractor"]),
+            kind=stored_kind,
+            images=str(arrays["images"]),
+            gaussian=Gaussian(
+                mean=torch.from_numpy(arrays["mean"]),
+                cov=torch.from_numpy(arrays["cov"]),
+                n=int(arrays["n"]),
+            ),
+            pool=torch.from_numpy(arrays["pool"]),
+            classes=classes,
+        )
+        reference.require(extractor=extractor, kind=kind, where=str(path))
+        return reference

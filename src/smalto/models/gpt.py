@@ -1,0 +1,193 @@
+"""The autoregressive transformer of LlamaGen (section 2.2): Llama blocks over condition tokens and image codes.
+
+Two ways in: :meth:`GPT.forward` trains (all positions at once), :meth:`GPT.prefill` and :meth:`GPT.step` decode
+with a cache that the caller owns.
+
+Legend: B batch, L codes of an image, P condition tokens, T positions, C width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smalto.models.conditioner import ClassConditioner, TextConditioner
+from smalto.nn.block import TransformerBlock
+from smalto.nn.kv_cache import KVCache
+from smalto.nn.norm import RMSNorm
+from smalto.nn.rope import axial_rope
+from smalto.types import CodeShape
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer that writes an image code by code, in raster order.
+
+    Args:
+        dim: width.
+        num_layers: blocks.
+        num_heads: attention heads.
+        vocab_size: codebook size of the tokenizer.
+        code_shape: ``((rows, columns),)`` of the tokenizer's grid.
+        conditioner: makes the conditioner, given ``dim``.
+        num_kv_heads: heads of keys and values; fewer than ``num_heads`` is grouped-query attention.
+        ffn_multiple_of: the feed-forward width is rounded up to it.
+        rope_base: wavelength base of the rotary embedding.
+        norm_eps: of every RMSNorm.
+        token_dropout: on the embedded sequence, condition included.
+        attn_dropout: on attention probabilities. The paper's "0.1 on attention" is ``resid_dropout``.
+        resid_dropout: on the output of attention.
+        ffn_dropout: on the output of the feed-forward layer.
+        drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+        init_std: of all linear and embedding weights; the output layer starts at zero (initial loss ln V).
+        condition_rope: ``zero`` or ``identity``, see :func:`smalto.nn.rope.axial_rope`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        vocab_size: int,
+        code_shape: Sequence[Sequence[int]],
+        conditioner: Callable[..., ClassConditioner | TextConditioner],
+        num_kv_heads: int | None = None,
+        ffn_multiple_of: int = 256,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        token_dropout: float = 0.1,
+        attn_dropout: float = 0.0,
+        resid_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        drop_path: float = 0.0,
+        init_std: float = 0.02,
+        condition_rope: str = "zero",
+    ) -> None:
+        super().__init__()
+        if len(code_shape) != 1 or len(code_shape[0]) != 2:
+            raise ValueError(f"code_shape is {code_shape}; a raster model takes one grid, ((rows, columns),)")
+        if dim % num_heads:
+            raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
+        rows, columns = code_shape[0]
+        self.code_shape: CodeShape = ((rows, columns),)
+        self.num_codes = rows * columns
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = dim // num_heads
+        self.init_std = init_std
+        self.rope_base = rope_base
+        self.condition_rope = condition_rope
+        self.conditioner: ClassConditioner | TextConditioner = conditioner(dim=dim)
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.token_dropout = nn.Dropout(token_dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                dim,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                ffn_multiple_of=ffn_multiple_of,
+                norm_eps=norm_eps,
+                attn_dropout=attn_dropout,
+                resid_dropout=resid_dropout,
+                ffn_dropout=ffn_dropout,
+                drop_path=drop_path * i / max(num_layers - 1, 1),
+            )
+            for i in range(num_layers)
+        )
+        self.norm = RMSNorm(dim, eps=norm_eps)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.register_buffer("rope", self._rope_table(), persistent=False)
+        self.init_weights()
+
+    rope: Tensor
+
+    def _rope_table(self) -> Tensor:
+        return axial_rope(
+            self.code_shape[0],
+            self.head_dim,
+            base=self.rope_base,
+            prefix=self.conditioner.num_tokens,
+            prefix_mode=self.condition_rope,
+        )
+
+    def init_weights(self) -> None:
+        """Draw all parameters anew, rebuild the rotary table: also what a meta-device build needs after ``to_empty``."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.init_std)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        if isinstance(self.conditioner, TextConditioner):
+            self.conditioner.reset_null()
+        nn.init.zeros_(self.output.weight)
+        self.rope = self._rope_table().to(self.rope.device)
+
+    def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """Logits of every code given the condition and all earlier codes (teacher forcing).
+
+        Args:
+            codes: int64 (B, L); position i of the result sees codes < i only.
+            condition: what the conditioner takes: int64 labels (B,), or text features (B, P, text_dim).
+            condition_mask: bool (B, P), True at valid condition tokens; None means all are valid.
+
+        Returns:
+            (B, L, V), float32 outside autocast.
+        """
+        prefix = self.conditioner(condition)
+        num_condition = prefix.shape[1]
+        x = torch.cat([prefix, self.token_embedding(codes[:, :-1])], dim=1)
+        mask = None if condition_mask is None else self._causal_mask(condition_mask, x.shape[1])
+        x = self.token_dropout(x)
+        rope = self.rope[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rope, mask=mask)
+        return self.output(self.norm(x[:, num_condition - 1 :]))
+
+    @staticmethod
+    def _causal_mask(condition_mask: Tensor, length: int) -> Tensor:
+        """Bool (B, 1, T, T): causal, padded condition tokens hidden from all but themselves."""
+        batch, num_condition = condition_mask.shape
+        visible = condition_mask.new_ones(batch, length)
+        visible[:, :num_condition] = condition_mask
+        causal = condition_mask.new_ones(length, length).tril()
+        diagonal = torch.eye(length, dtype=torch.bool, device=condition_mask.device)
+        return ((causal & visible[:, None, :]) | diagonal).unsqueeze(1)
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """A cache for one image per row, in the dtype and on the device of the weights."""
+        weight = self.token_embedding.weight
+        return KVCache(
+            num_layers=len(self.blocks),
+            batch_size=batch_size,
+            num_kv_heads=self.num_kv_heads,
+            max_length=self.conditioner.num_tokens + self.num_codes - 1,
+            head_dim=self.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def prefill(self, condition: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
+        """Read the condition into an empty cache; logits (B, V) of the first code, float32."""
+        assert cache.length == 0, "prefill starts from an empty cache; call cache.reset()"
+        prefix = self.conditioner(condition)
+        mask = None
+        if condition_mask is not None:
+            cache.prefix_mask = condition_mask
+            mask = self._causal_mask(condition_mask, prefix.shape[1])
+        return self._decode(prefix, cache, mask)
+
+    def step(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """Append one code per row, int64 (B,); logits (B, V) of the next, float32."""
+        mask = None
+        if cache.prefix_mask is not None:
+            generated = cache.prefix_mask.new_ones(codes.shape[0], cache.length + 1 - cache.prefix_mask.shape[1])
+            mask = torch.cat([cache.prefix_mask, generated], dim=1)[:, None, None, :]
+        return self._decode(self.token_embedding(codes).unsqueeze(1), cache, mask)
+
+    def _decode(self, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        rope = self.rope[cache.length : cache.length + x.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask=mask, cache=cache, layer=i)
+        cache.advance(x.shape[1])
+        return self.output(self.norm(x[:, -1])).float()

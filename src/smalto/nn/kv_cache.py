@@ -1,0 +1,60 @@
+"""Keys and values of what was already decoded. The caller owns it; no module keeps it."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Static buffers of ``max_length`` positions for all layers, filled from the front.
+
+    Every layer writes at ``length`` and reads the filled prefix; the model calls :meth:`advance` once per
+    forward, after its last layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+        self.prefix_mask: Tensor | None = None
+        """bool (B, prefix), False at padded condition tokens, which later positions must not see."""
+
+    @property
+    def max_length(self) -> int:
+        """Positions the buffers can hold."""
+        return self.keys.shape[3]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, t, D) of the next t positions; returns views of everything filled, (B, H, length + t, D)."""
+        end = self.length + keys.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"KV cache holds {self.max_length} positions, {end} were asked for")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, steps: int) -> None:
+        """Declare ``steps`` more positions filled, after all layers have written them."""
+        self.length += steps
+
+    def keep_rows(self, batch_size: int) -> None:
+        """Forget all but the first rows of the batch, for instance the unconditional half."""
+        self.keys = self.keys[:, :batch_size]
+        self.values = self.values[:, :batch_size]
+        if self.prefix_mask is not None:
+            self.prefix_mask = self.prefix_mask[:batch_size]
+
+    def reset(self) -> None:
+        """Empty the cache for another sequence of the same batch size."""
+        self.length = 0
+        self.prefix_mask = None

@@ -1,0 +1,165 @@
+"""What every verb needs: where conf/ is, composing, building objects, one-line errors, logging."""
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smalto import __version__
+
+log = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""What a wrong setting, a missing file or a full disk raises: told in one message, without a traceback."""
+
+
+def conf_dir() -> str:
+    """The repository's ``conf/`` when the package runs from a checkout, else the copy inside the wheel."""
+    package = Path(__file__).parent
+    checkout = package.parent.parent / "conf"
+    return str(checkout if (checkout / "train.yaml").exists() else package / "conf")
+
+
+def raster_shape(image_size: int, channel_multipliers: list[int]) -> ListConfig:
+    """Grid of codes of a convolutional tokenizer: every level but one halves the image."""
+    side = image_size // 2 ** (len(channel_multipliers) - 1)
+    return ListConfig([[side, side]])
+
+
+def register_resolvers() -> None:
+    """``${raster_shape:image_size,multipliers}`` and ``${abspath:path}`` for configs."""
+    OmegaConf.register_new_resolver("raster_shape", raster_shape, replace=True)
+    OmegaConf.register_new_resolver("abspath", os.path.abspath, replace=True)
+
+
+def mark_launch() -> None:
+    """Fix the time stamp of run folders once: processes that Lightning starts for other devices inherit it."""
+    os.environ.setdefault("SMALTO_LAUNCHED_AT", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def build(node: Any, **kwargs: Any) -> Any:
+    """Instantiate a config node; plain lists and dicts inside, so that nothing of OmegaConf reaches a checkpoint."""
+    return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+
+
+def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
+    """The config that ``smalto NAME overrides...`` would run, for notebooks and tests."""
+    register_resolvers()
+    mark_launch()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        return hydra.compose(name, overrides or [])
+
+
+def hydra_main(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a command of a function of a config: composes ``conf/NAME.yaml``, reports errors in one message."""
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def task(config: DictConfig) -> Any:
+            setup_logging()
+            try:
+                return function(config)
+            except (*USER_ERRORS, KeyboardInterrupt) as error:
+                if "HYDRA_FULL_ERROR" in os.environ:
+                    raise
+                if config.get("sweep") is not None or _in_multirun():
+                    raise  # the sweep goes on and reports at its end
+                fail(name, error)
+
+        @functools.wraps(function)
+        def command() -> None:
+            register_resolvers()
+            mark_launch()
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+
+        return command
+
+    return decorate
+
+
+def _in_multirun() -> bool:
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def fail(verb: str, error: BaseException) -> None:
+    """Say what went wrong and leave with exit code 1 (130 after Ctrl-C)."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write(f"\nsmalto {verb}: interrupted; the same command continues where it was\n")
+        sys.exit(130)
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, OSError)):
+        error = error.__cause__
+    message = str(error) or type(error).__name__
+    sys.stderr.write(f"\nsmalto {verb}: {message}\n(HYDRA_FULL_ERROR=1 shows where)\n")
+    sys.exit(1)
+
+
+def setup_logging(file: Path | None = None) -> None:
+    """Messages to stderr, and to ``file`` once a run has a folder; the rank in front when there are several."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
+    prefix = f"[rank {rank}] " if rank and rank != "0" else ""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file))
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s {prefix}%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    # Lightning's own use of torch, nothing a user could change.
+    warnings.filterwarnings("ignore", message=".*treespec.*|.*does not have many workers.*")
+    for noisy in (
+        "alembic",
+        "mlflow",
+        "lightning.fabric",
+        "lightning.pytorch.trainer",
+        "urllib3",
+        "matplotlib",
+        "lightning.pytorch.utilities",
+    ):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def wanted_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def record(
+    config: DictConfig, *, experiment: str, params: dict, metrics: dict[str, float], artifacts: list[Path]
+) -> None:
+    """Log a finished job to MLflow beside the training runs, unless ``mlflow=false``."""
+    if not config.mlflow:
+        return
+    # Seconds of import, only where they are wanted.
+    from smalto.analysis.runs import record_run
+    from smalto.callbacks.provenance import git_commit
+
+    outputs = config.paths.outputs
+    record_run(
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db"),
+        artifact_location=f"{outputs}/mlruns/{experiment}",
+        experiment=experiment,
+        run_name=f"{experiment}-{os.environ['SMALTO_LAUNCHED_AT']}",
+        params=params,
+        metrics=metrics,
+        tags={"commit": git_commit(), "smalto": __version__, "command": " ".join(sys.argv)},
+        artifacts=artifacts,
+    )

@@ -1,0 +1,54 @@
+"""Where samples go: a folder of PNG files that a killed job continues, packed as ``.npz`` at the end."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+class PictureFolder:
+    """Files ``000000.png``, ``000001.png``, ... by image number."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def file(self, index: int) -> Path:
+        """Where image ``index`` is or will be."""
+        return self.path / f"{index:06d}.png"
+
+    def missing(self, indices: Sequence[int]) -> list[int]:
+        """Those that are not written yet."""
+        return [i for i in indices if not self.file(i).exists()]
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Save uint8 (B, 3, H, W); a file appears whole or not at all."""
+        for i, pixels in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            unfinished = self.path / f"{i:06d}.tmp"
+            Image.fromarray(np.ascontiguousarray(pixels)).save(unfinished, format="PNG")
+            unfinished.replace(self.file(i))
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (B, H, W, 3)."""
+        return np.stack([np.asarray(Image.open(self.file(i)).convert("RGB")) for i in indices])
+
+
+def pack_npz(folder: PictureFolder, count: int, path: Path, *, labels: np.ndarray, chunk: int = 256) -> None:
+    """Write ``arr_0`` uint8 (N, H, W, 3), the layout of ADM's evaluator, and ``labels``, a chunk at a time.
+
+    Images go in the order of their numbers; 50,000 of 256 px need no more memory than one chunk.
+    """
+    height, width, _ = folder.read([0])[0].shape
+    unfinished = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for start in range(0, count, chunk):
+                stream.write(folder.read(range(start, min(start + chunk, count))).tobytes())
+        with archive.open("labels.npy", "w") as stream:
+            np.lib.format.write_array(stream, labels, allow_pickle=False)
+    unfinished.replace(path)

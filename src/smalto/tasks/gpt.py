@@ -1,0 +1,170 @@
+"""Training of the autoregressive model: next-code prediction under a condition (LlamaGen section 2.2)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smalto.data.transforms import to_uint8
+from smalto.sampling.autoregressive import generate, uniforms_from_seeds
+from smalto.tasks.checkpoint import load_tokenizer
+from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.types import CodeBatch, SamplingConfig
+
+
+class GPTTask(L.LightningModule):
+    """Cross-entropy over codes; a frozen tokenizer rides along to turn samples into pictures.
+
+    Args:
+        net: makes the model.
+        optimizer: makes an optimizer from parameter groups.
+        schedule: of the learning rate.
+        tokenizer_ckpt: checkpoint of the tokenizer that wrote the codes; its weights become part of this task's
+            checkpoints, so sampling later needs one file. None trains without pictures.
+        decode_batch_size: images per tokenizer pass when samples are decoded.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], nn.Module],
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule | None = None,
+        tokenizer_ckpt: str | Path | None = None,
+        decode_batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.net_factory = net
+        self.optimizer_factory = optimizer
+        self.schedule = schedule or Schedule()
+        self.tokenizer_ckpt = tokenizer_ckpt
+        self.decode_batch_size = decode_batch_size
+        self.net: Any = None
+        self.tokenizer: Any = None
+        self.tokenizer_config: dict[str, Any] | None = None
+        self._tokenizer_fingerprint: str | None = None
+
+    def configure_model(self) -> None:
+        """Build the model and load the tokenizer once; Lightning may call this again."""
+        if self.net is not None:
+            return
+        self.net = self.net_factory()
+        if self.tokenizer_ckpt is not None:
+            loaded = load_tokenizer(self.tokenizer_ckpt)
+            self.attach_tokenizer(loaded.tokenizer, loaded.config)
+            self._tokenizer_fingerprint = loaded.fingerprint
+
+    def on_fit_start(self) -> None:
+        """Refuse codes that another tokenizer wrote: the loss would fall, the pictures would be noise."""
+        meta = getattr(getattr(self.trainer, "datamodule", None), "meta", None)
+        if meta is not None and self._tokenizer_fingerprint not in (None, meta["tokenizer"]["fingerprint"]):
+            raise ValueError(
+                f"the codes were written by {meta['tokenizer']['path']} (weights {meta['tokenizer']['fingerprint']}), "
+                f"task.tokenizer_ckpt={self.tokenizer_ckpt} has weights {self._tokenizer_fingerprint}; give the "
+                "checkpoint that wrote the codes, or run smalto extract with this one"
+            )
+
+    def attach_tokenizer(self, tokenizer: Any, config: dict[str, Any]) -> None:
+        """Take a tokenizer along, frozen, after checking that it speaks the model's codes."""
+        given = (tokenizer.codebook_size, tokenizer.code_shape)
+        wanted = (self.net.vocab_size, self.net.code_shape)
+        if given != wanted:
+            raise ValueError(
+                f"the tokenizer has {given[0]} codes on the grid {given[1]}, the model expects {wanted[0]} on "
+                f"{wanted[1]}; choose tokenizer= and image_size= as the tokenizer was trained, or another one"
+            )
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.tokenizer_config = config
+
+    def train(self, mode: bool = True) -> "GPTTask":
+        """Train or evaluate the model; the tokenizer always evaluates."""
+        super().train(mode)
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down how to build the tokenizer whose weights are inside."""
+        checkpoint["tokenizer_config"] = self.tokenizer_config
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, its schedule per step."""
+        optimizer = build_optimizer(self.optimizer_factory, self.net)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule.scheduler(optimizer), "interval": "step"},
+        }
+
+    @staticmethod
+    def condition(batch: CodeBatch) -> tuple[Tensor, Tensor | None]:
+        """What the batch is conditioned on, and the mask of its valid tokens."""
+        if "text" in batch:
+            return batch["text"], batch["text_mask"]
+        return batch["label"], None
+
+    def _loss(self, batch: CodeBatch) -> tuple[Tensor, Tensor]:
+        logits = self.net(batch["codes"], *self.condition(batch)).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
+        return loss, logits
+
+    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy per code, in nats."""
+        loss, _ = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
+        """Cross-entropy per code in nats, accuracy of the most probable code; conditions are never dropped here."""
+        loss, logits = self._loss(batch)
+        accuracy = (logits.argmax(-1) == batch["codes"]).float().mean()
+        metrics = {"val/loss": loss, "val/accuracy": accuracy}
+        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["codes"]))
+
+    def sample_codes(
+        self,
+        condition: Tensor,
+        *,
+        sampling: SamplingConfig,
+        seeds: Tensor,
+        condition_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (B, L) for class labels (B,) or text features; row i depends on ``seeds[i]`` only."""
+        self.net.conditioner.check(condition)
+        training = self.training
+        self.eval()
+        try:
+            return generate(
+                self.net,
+                condition.to(self.device),
+                sampling=sampling,
+                uniforms=uniforms_from_seeds(seeds, self.net.num_codes),
+                condition_mask=condition_mask,
+            )
+        finally:
+            self.train(training)
+
+    def sample_images(
+        self,
+        condition: Tensor,
+        *,
+        sampling: SamplingConfig,
+        seeds: Tensor,
+        condition_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Images, uint8 (B, 3, H, W), for class labels (B,) or text features (B, T, C)."""
+        codes = self.sample_codes(condition, sampling=sampling, seeds=seeds, condition_mask=condition_mask)
+        return self.decode_codes(codes)
+
+    @torch.inference_mode()
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Pictures of int64 codes (B, L) as uint8 (B, 3, H, W)."""
+        if self.tokenizer is None:
+            raise ValueError("this model was trained without a tokenizer; give tokenizer_ckpt=PATH to see pictures")
+        chunks = codes.split(self.decode_batch_size)
+        return torch.cat([to_uint8(self.tokenizer.decode(chunk)) for chunk in chunks])

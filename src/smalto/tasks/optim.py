@@ -1,0 +1,72 @@
+"""Optimizer groups and learning-rate schedules, the same for every task and strategy."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+DECAYED_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+
+
+def parameter_groups(net: nn.Module) -> list[dict]:
+    """Two groups: weights of linear, embedding and convolution layers decay, everything else does not.
+
+    Decided by the type of the owning layer, not by ``p.dim()``: sharded parameters may be flat, and a rule by shape
+    would then silently decay nothing.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_weight = isinstance(module, DECAYED_LAYERS) and name == "weight"
+                (decayed if is_weight else free).append(parameter)
+    return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+
+
+def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) -> Optimizer:
+    """Call a partial optimizer with the groups of ``net``."""
+    return factory([group for group in parameter_groups(net) if group["params"]])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factor of the learning rate as a pure function of the optimizer step, so resuming needs the step only.
+
+    Args:
+        kind: ``constant`` (the paper's) or ``cosine``.
+        warmup_steps: linear rise from 1 / warmup_steps to 1.
+        total_steps: where the cosine ends; must be given for it.
+        final_factor: the cosine's last value.
+    """
+
+    kind: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    final_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "cosine"):
+            raise ValueError(f"task.schedule.kind is {self.kind!r}, must be 'constant' or 'cosine'")
+        if self.kind == "cosine" and (self.total_steps is None or self.total_steps < 1):
+            raise ValueError(
+                f"task.schedule: a cosine needs to know its end, total_steps is {self.total_steps}; "
+                "set trainer.max_steps or task.schedule.total_steps"
+            )
+
+    def factor(self, step: int) -> float:
+        """The factor at optimizer step ``step`` (0-based)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "constant" or self.total_steps is None:
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """A torch scheduler that applies :meth:`factor`."""
+        return LambdaLR(optimizer, partial(Schedule.factor, self))

@@ -1,0 +1,212 @@
+"""Training of an image tokenizer: reconstruction, perceptual and, later, adversarial loss (LlamaGen section 2.1)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smalto.data.transforms import to_float, to_uint8
+from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
+from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.types import CodeShape, ImageBatch
+
+RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
+
+
+class TokenizerTask(L.LightningModule):
+    """VQGAN training with a discriminator that does not exist for the model before ``disc_start``.
+
+    Optimization is manual. ``global_step`` counts generator steps only: the discriminator's optimizer is stepped
+    outside Lightning's counter, or ``max_steps``, checkpoints and ``disc_start`` would all shift when it starts.
+
+    Args:
+        net: makes the tokenizer.
+        optimizer: makes an optimizer from parameter groups; used for both networks.
+        discriminator: makes the discriminator; None (or an empty node) trains without one.
+        perceptual: makes the perceptual loss; None (or an empty node) trains without one.
+        schedule: learning rate of both networks.
+        reconstruction_loss: ``l2`` or ``l1``, on [-1, 1] images.
+        reconstruction_weight: factor of it.
+        perceptual_weight: factor of LPIPS.
+        disc_weight: factor of the adversarial term.
+        disc_start: generator step at which the discriminator comes into being.
+        disc_loss: ``hinge``, ``vanilla`` or ``non_saturating``.
+        gen_loss: ``hinge`` or ``non_saturating``.
+        adaptive_disc_weight: scale the adversarial term by the ratio of gradient norms at the last layer (VQGAN);
+            off in the paper's runs.
+        gradient_clip: maximal global norm, for each network; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], nn.Module],
+        optimizer: Callable[..., Optimizer],
+        discriminator: Callable[[], nn.Module] | None = None,
+        perceptual: Callable[[], nn.Module] | None = None,
+        schedule: Schedule | None = None,
+        reconstruction_loss: str = "l2",
+        reconstruction_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        disc_weight: float = 0.5,
+        disc_start: int = 20_000,
+        disc_loss: str = "hinge",
+        gen_loss: str = "hinge",
+        adaptive_disc_weight: bool = False,
+        gradient_clip: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for key, value, known in (
+            ("reconstruction_loss", reconstruction_loss, RECONSTRUCTION_LOSSES),
+            ("disc_loss", disc_loss, DISCRIMINATOR_LOSSES),
+            ("gen_loss", gen_loss, GENERATOR_LOSSES),
+        ):
+            if value not in known:
+                raise ValueError(f"task.{key} is {value!r}, must be one of {', '.join(known)}")
+        self.net_factory = net
+        self.optimizer_factory = optimizer
+        self.discriminator_factory = discriminator or None
+        self.perceptual_factory = perceptual if perceptual and perceptual_weight > 0 else None
+        self.schedule = schedule or Schedule()
+        self.reconstruction_loss = RECONSTRUCTION_LOSSES[reconstruction_loss]
+        self.reconstruction_weight = reconstruction_weight
+        self.perceptual_weight = perceptual_weight
+        self.disc_weight = disc_weight
+        self.disc_start = disc_start
+        self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
+        self.gen_loss = GENERATOR_LOSSES[gen_loss]
+        self.adaptive_disc_weight = adaptive_disc_weight
+        self.gradient_clip = gradient_clip
+        self.net: Any = None
+        self.discriminator: Any = None
+        self.perceptual: Any = None
+
+    def configure_model(self) -> None:
+        """Build the networks once; Lightning may call this again."""
+        if self.net is not None:
+            return
+        self.net = self.net_factory()
+        self.discriminator = self.discriminator_factory() if self.discriminator_factory else None
+        self.perceptual = self.perceptual_factory() if self.perceptual_factory else None
+
+    def setup(self, stage: str) -> None:
+        """Refuse what manual optimization cannot do."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision is 16-mixed; two optimizers share no loss scaler here, use bf16-mixed or 32"
+            )
+        strategy: Any = self.trainer.strategy
+        late_start = self.discriminator_factory is not None and isinstance(strategy, DDPStrategy)
+        if late_start and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise ValueError(
+                "a discriminator that starts later leaves parameters without gradients, which plain ddp refuses; "
+                "use strategy=ddp_gan"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer per network, generator first; the discriminator's rate follows the generator's."""
+        nets = [self.net] + ([self.discriminator] if self.discriminator is not None else [])
+        optimizers = [build_optimizer(self.optimizer_factory, net) for net in nets if net is not None]
+        return optimizers, [self.schedule.scheduler(optimizers[0])]
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the tokenizer's codebook."""
+        return self.net.codebook_size
+
+    @property
+    def code_shape(self) -> CodeShape:
+        """Grid of codes of an image."""
+        return self.net.code_shape
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """One generator step, then, from ``disc_start`` on, one discriminator step on the same reconstructions."""
+        image = to_float(batch["image"])
+        optimizers: Any = self.optimizers()
+        generator = optimizers[0] if isinstance(optimizers, list) else optimizers
+        # Read before the step: stepping raises global_step, and the discriminator would start one step early.
+        adversarial = self.discriminator is not None and self.global_step >= self.disc_start
+        reconstruction, losses = self._generator_losses(image, adversarial=adversarial)
+        generator.zero_grad(set_to_none=True)
+        self.manual_backward(losses["loss"])
+        self._clip(generator)
+        generator.step()
+        rate = generator.param_groups[0]["lr"]
+        if adversarial:
+            losses |= self._discriminator_step(image, reconstruction.detach(), rate)
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()})
+        self.log("train/loss_bar", losses["loss"].detach(), prog_bar=True, logger=False)
+        self.log("train/lr", rate)
+
+    def _generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        reconstruction, quantized = self.net(image)
+        rec = self.reconstruction_loss(reconstruction, image)
+        losses = {
+            "rec_loss": rec,
+            "codebook_loss": quantized.codebook_loss,
+            "commitment_loss": quantized.commitment_loss,
+        }
+        image_loss = self.reconstruction_weight * rec
+        if self.perceptual is not None:
+            losses["perceptual_loss"] = self.perceptual(reconstruction, image).mean()
+            image_loss = image_loss + self.perceptual_weight * losses["perceptual_loss"]
+        total = image_loss + quantized.loss
+        if self.net.quantizer.entropy_weight > 0:
+            losses["entropy_loss"] = quantized.entropy_loss
+        if adversarial:
+            self.discriminator.requires_grad_(False)  # the generator's pass must not leave gradients there
+            losses["gen_loss"] = self.gen_loss(self.discriminator(reconstruction))
+            weight: Tensor | float = self.disc_weight
+            if self.adaptive_disc_weight:
+                weight = self.disc_weight * adaptive_weight(image_loss, losses["gen_loss"], self.net.last_layer)
+                losses["adaptive_weight"] = weight
+            total = total + weight * losses["gen_loss"]
+            self.discriminator.requires_grad_(True)
+        losses["loss"] = total
+        return reconstruction, losses
+
+    def _discriminator_step(self, image: Tensor, reconstruction: Tensor, rate: float) -> dict[str, Tensor]:
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer = optimizers[1]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        real, fake = self.discriminator(image), self.discriminator(reconstruction)
+        loss = self.disc_loss(real, fake)
+        optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(self.disc_weight * loss)
+        self._clip(optimizer)
+        optimizer.step()
+        return {"disc_loss": loss, "disc_real": real.mean(), "disc_fake": fake.mean()}
+
+    def _clip(self, optimizer: Optimizer) -> None:
+        if self.gradient_clip > 0:
+            self.clip_gradients(optimizer, self.gradient_clip, gradient_clip_algorithm="norm")
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of the batch; its reconstruction goes on to the callbacks."""
+        image = to_float(batch["image"])
+        reconstruction, quantized = self.net(image)
+        self.log(
+            "val/rec_loss",
+            self.reconstruction_loss(reconstruction, image),
+            sync_dist=True,
+            batch_size=len(image),
+        )
+        if self.perceptual is not None:
+            distance = self.perceptual(reconstruction, image).mean()
+            self.log(f"val/{self.perceptual.name}", distance, sync_dist=True, batch_size=len(image))
+        return {"reconstruction": to_uint8(reconstruction), "codes": quantized.codes}
+
+    @torch.inference_mode()
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) to its reconstruction, uint8, and its codes (B, L)."""
+        reconstruction, quantized = self.net(to_float(image))
+        return to_uint8(reconstruction), quantized.codes

@@ -1,0 +1,119 @@
+"""``smalto train``: compose, build, fit. One run, one folder; the same command continues an unfinished one."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.loggers import MLFlowLogger
+from omegaconf import DictConfig, OmegaConf
+
+from smalto.callbacks.checkpoint import discard_checkpoints, newest_checkpoint
+from smalto.callbacks.provenance import Provenance
+from smalto.runtime import build, hydra_main, setup_logging
+
+log = logging.getLogger(__name__)
+
+VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug"}
+"""Root keys that may differ between a run and its continuation."""
+
+
+def run(config: DictConfig) -> dict[str, float]:
+    """Train, or continue, what the config describes; returns the final metrics.
+
+    Raises:
+        ValueError: a setting that cannot be, or a run folder that another config already uses.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    folder = Path(plain["run_dir"])
+    finished = check_folder(folder, plain)
+    if finished is not None:
+        log.info("%s is finished already (overwrite=true trains anew)", folder)
+        return finished
+    setup_logging(folder / "train.log")
+    L.seed_everything(plain["seed"], workers=True, verbose=False)
+    data, task = build(config.data), build(config.task)
+    claim_folder(folder, plain)
+    callbacks = [build(node) for node in (config.get("callbacks") or {}).values() if node is not None]
+    callbacks.append(Provenance(plain, kind=plain["kind"]))
+    loggers = [reopen(folder, node) for node in (config.get("logger") or {}).values() if node is not None]
+    trainer = build(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder))
+    checkpoint = newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] is None else plain["ckpt_path"]
+    if checkpoint:
+        log.info("continuing from %s", checkpoint)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint
+        raise KeyboardInterrupt from None
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    for callback in callbacks:
+        metrics |= getattr(callback, "metrics", {})
+    if trainer.is_global_zero:
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None:
+    """Refuse a folder in which another run has results; the metrics, if this run is finished there.
+
+    A run that saved nothing, because it failed early, leaves its folder free.
+    """
+    done, config_file = folder / "metrics.json", folder / "config.yaml"
+    if plain["overwrite"] or "LOCAL_RANK" in os.environ or not config_file.exists():
+        return None
+    if not done.exists() and newest_checkpoint(folder / "checkpoints") is None:
+        return None
+    difference = differing_keys(yaml.safe_load(config_file.read_text()), plain)
+    if difference:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({'; '.join(difference[:6])}); choose another "
+            "hydra.run.dir=, give the same settings to continue it, or overwrite=true to replace it"
+        )
+    return json.loads(done.read_text()) if done.exists() else None
+
+
+def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
+    """Make the folder this run's, before anything is trained."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    if plain["overwrite"]:
+        for old in (folder / "metrics.json", folder / "mlflow_run_id"):
+            old.unlink(missing_ok=True)
+        discard_checkpoints(folder / "checkpoints")
+    write_atomically(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+
+
+def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``key: old -> new`` of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if prefix or key not in VOLATILE]
+        return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+
+
+def reopen(folder: Path, node: DictConfig) -> Any:
+    """Build a logger; a continued run goes on in the MLflow run it began."""
+    memory = folder / "mlflow_run_id"
+    if not node["_target_"].endswith("MLFlowLogger"):
+        return build(node)
+    logger: MLFlowLogger = build(node, run_id=memory.read_text().strip() if memory.exists() else None)
+    if "LOCAL_RANK" not in os.environ:
+        write_atomically(memory, f"{logger.run_id}\n")
+    return logger
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+main = hydra_main("train")(run)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+
+from smalto.data.codes import CodeReader, CodeShards, add_code_block, code_dtype
+from smalto.data.transforms import TEN_CROPS
+from smalto.data.write import TarShard, write_json
+
+TOKENS, CODEBOOK = 6, 50
+SHAPE = [[2, 3]]
+
+
+def stored_codes(split: str, count: int, crops: int) -> np.ndarray:
+    rng = np.random.default_rng(len(split))
+    return rng.integers(0, CODEBOOK, (count, crops, TOKENS)).astype(np.uint16)
+
+
+def code_shards(folder, *, crops=TEN_CROPS, counts=(50, 12), dtype=np.uint16, block=8, blocks_per_shard=3):
+    splits = {}
+    for split, count in zip(("train", "val"), counts, strict=True):
+        codes, labels = stored_codes(split, count, len(crops)).astype(dtype), np.arange(count) % 5
+        shards, size = [], block * blocks_per_shard
+        for number, first in enumerate(range(0, count, size)):
+            with TarShard(folder / f"{split}-{number:05d}.tar") as shard:
+                last = min(first + size, count)
+                for start in range(first, last, block):
+                    stop = min(start + block, last)
+                    add_code_block(shard, start // block, codes[start:stop], labels[start:stop])
+                shards.append(shard.close() | {"num_images": last - first})
+        splits[split] = {"num_images": count, "shards": shards}
+    meta = {
+        "format": "smalto-codes",
+        "version": 1,
+        "splits": splits,
+        "num_classes": 5,
+        "classes": [],
+        "codebook_size": CODEBOOK,
+        "code_shape": SHAPE,
+        "crops": list(crops),
+        "tokenizer": {"path": "tokenizer.ckpt", "fingerprint": "0123456789abcdef"},
+        "dtype": np.dtype(dtype).name,
+    }
+    write_json(folder / "meta.json", meta)
+    return meta
+
+
+def module(path, **changes):
+    options = {
+        "path": path,
+        "batch_size": 10,
+        "seed": 0,
+        "codebook_size": CODEBOOK,
+        "code_shape": SHAPE,
+        "crops": "all",
+    }
+    data = CodeShards(**(options | changes))
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_the_smallest_type_that_holds_the_codebook(size, dtype):
+    assert code_dtype(size).__name__ == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_gather_equals_plain_indexing(tmp_path, dtype):
+    reader = CodeReader(tmp_path, code_shards(tmp_path, dtype=dtype), "train")
+    codes, rng = stored_codes("train", 50, 10), np.random.default_rng(0)
+    indices, crops = rng.integers(0, 50, 200), rng.integers(0, 10, 200)
+    found = reader.gather(indices, crops)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, codes[indices, crops])
+    assert np.array_equal(reader.labels, np.arange(50) % 5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches(tmp_path, workers):
+    code_shards(tmp_path)
+    data = module(tmp_path, num_workers=workers)
+    assert (data.num_train, data.num_val, data.num_classes) == (50, 12, 5)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch["codes"].shape == (10, TOKENS)
+        assert batch["codes"].dtype == batch["label"].dtype == torch.int64
+    assert sorted(torch.cat([b["label"] for b in batches]).tolist()) == sorted(np.arange(50) % 5)
+
+
+def test_training_sees_every_stored_crop_equally_often(tmp_path):
+    code_shards(tmp_path)
+    data, codes = module(tmp_path), stored_codes("train", 50, 10)
+    counts = np.zeros(10)
+    for epoch in range(60):
+        batch = data.fetch_train(epoch, np.arange(50))["codes"].numpy()
+        matches = (batch[:, None] == codes).all(2)
+        assert matches.any(1).all()
+        counts += matches.sum(0)
+    # 3,000 draws over 10 crops: chi-square of 9 degrees, p < 1e-5 above 40
+    assert ((counts - 300) ** 2 / 300).sum() < 40
+
+
+def test_the_crop_is_a_function_of_seed_epoch_and_image(tmp_path):
+    code_shards(tmp_path)
+    batch = module(tmp_path).fetch_train(2, np.array([4, 31]))["codes"]
+    assert torch.equal(module(tmp_path).fetch_train(2, np.array([31]))["codes"][0], batch[1])
+    others = [module(tmp_path, seed=s).fetch_train(e, np.arange(50))["codes"] for s, e in [(0, 2), (0, 3), (1, 2)]]
+    assert not torch.equal(others[0], others[1])
+    assert not torch.equal(others[0], others[2])
+
+
+@pytest.mark.parametrize(("crops", "numbers"), [("no_flip", range(5)), ("center", [4]), ("all", range(10))])
+def test_crops_that_training_draws_from(tmp_path, crops, numbers):
+    code_shards(tmp_path)
+    data, codes = module(tmp_path, crops=crops), stored_codes("train", 50, 10)
+    drawn = set()
+    for epoch in range(5):
+        batch = data.fetch_train(epoch, np.arange(50))["codes"].numpy()
+        drawn |= set((batch[:, None] == codes).all(2).argmax(1))
+    assert drawn == set(numbers)
+
+
+@pytest.mark.parametrize("crops", ["all", "no_flip", "center"])
+def test_validation_is_the_plain_centre(tmp_path, crops):
+    code_shards(tmp_path)
+    batches = list(module(tmp_path, crops=crops, val_batch_size=5).val_dataloader())
+    assert [len(b["codes"]) for b in batches] == [5, 5, 2]
+    assert np.array_equal(torch.cat([b["codes"] for b in batches]), stored_codes("val", 12, 10)[:, 4])
+
+
+def test_several_crop_ranges(tmp_path):
+    names = [f"{name}@{r}" for r in (1.1, 1.05) for name in TEN_CROPS]
+    code_shards(tmp_path, crops=names)
+    codes = stored_codes("train", 50, 20)
+    batch = module(tmp_path, crops="center").fetch_train(0, np.arange(50))["codes"].numpy()
+    assert set((batch[:, None] == codes).all(2).argmax(1)) == {4, 14}
+    val = module(tmp_path).fetch_val(0, np.arange(12))["codes"]
+    assert np.array_equal(val, stored_codes("val", 12, 20)[:, 4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"codebook_size": 64}, r"codebook_size 50, the model expects 64.*tokenizer.ckpt"),
+        ({"code_shape": [[3, 3]]}, r"code_shape \[\[2, 3\]\], the model expects \[\[3, 3\]\]"),
+        ({"tokenizer_fingerprint": "f" * 16}, r"weights 0123456789abcdef, the model expects ffff.*smalto extract"),
+        ({"crops": "corner"}, "all, center or no_flip"),
+    ],
+)
+def test_shards_of_another_tokenizer_are_refused(tmp_path, changes, words):
+    code_shards(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        module(tmp_path, **changes)
+
+
+def test_a_matching_fingerprint_is_accepted(tmp_path):
+    code_shards(tmp_path)
+    assert module(tmp_path, tokenizer_fingerprint="0123456789abcdef", code_shape=((2, 3),)).num_train == 50
+
+
+def test_validation_needs_a_centre(tmp_path):
+    code_shards(tmp_path, crops=["top_left", "center_flip"])
+    with pytest.raises(ValueError, match=r"no centre crop.*crops=ten"):
+        module(tmp_path)
+
+
+def test_blocks_that_contradict_meta_are_named(tmp_path):
+    meta = code_shards(tmp_path)
+    write_json(tmp_path / "meta.json", meta | {"crops": ["center"]})
+    with pytest.raises(ValueError, match=r"000000.codes.npy in .* is uint16 \(8, 10, 6\)"):
+        module(tmp_path)
+
+
+def test_frequencies_and_histogram(tmp_path):
+    code_shards(tmp_path)
+    data = module(tmp_path)
+    assert data.class_frequencies() == pytest.approx([0.2] * 5)
+    expected = np.bincount(stored_codes("train", 50, 10)[:, 4].ravel(), minlength=CODEBOOK)
+    assert np.array_equal(data.code_histogram(), expected)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+from smalto.metrics.manifold import PrecisionRecall, precision_recall
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_equals_torch_fidelity(generator, k):
+    real = torch.randn(300, 8, generator=generator) + 5
+    fake = torch.randn(250, 8, generator=generator) * 0.8 + 5.3
+    expected = calculate_precision_recall_full(fake, real, neighborhood=k)
+    found = precision_recall(real, fake, k=k, block_size=64)
+    assert [float(v) for v in found] == pytest.approx(expected, abs=1e-6)
+    assert 0.05 < expected[0] < 1.0  # the comparison means something
+    assert 0.05 < expected[1] < 1.0
+
+
+def test_order_and_blocks_do_not_matter(generator):
+    real, fake = torch.randn(90, 6, generator=generator), torch.randn(80, 6, generator=generator)
+    expected = precision_recall(real, fake)
+    metric = PrecisionRecall(num_features=6, block_size=7)
+    for part in fake.flip(0).split(13):
+        metric.update(part, real=False)
+    for part in real.flip(0).split(17):
+        metric.update(part, real=True)
+    assert metric.compute() == expected
+
+
+def test_extremes(generator):
+    real = torch.randn(60, 5, generator=generator)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, real + 100) == (0.0, 0.0)
+    collapsed = real[:1] + 1e-4 * torch.randn(60, 5, generator=generator)
+    precision, recall = precision_recall(real, collapsed)
+    assert precision == 1.0
+    assert recall < 0.05
+
+
+def test_reset_fake_keeps_the_real_side(generator):
+    real, fake = torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    metric = PrecisionRecall(num_features=5)
+    metric.update(real, real=True)
+    metric.update(fake + 9, real=False)
+    metric.compute()
+    metric.reset_fake()
+    metric.update(fake, real=False)
+    assert metric.compute() == precision_recall(real, fake)
+    given = PrecisionRecall(num_features=5)
+    given.set_real(real)
+    given.update(fake, real=False)
+    assert given.compute() == precision_recall(real, fake)
+    with pytest.raises(ValueError, match="set from a reference"):
+        given.update(real, real=True)
+
+
+def test_too_few(generator):
+    points = torch.randn(3, 5, generator=generator)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        precision_recall(points, points)

@@ -1,0 +1,144 @@
+import re
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from golden_weights import load_golden
+from smalto.sampling.logits import draw, keep_top_k, keep_top_p, next_codes
+from smalto.types import SamplingConfig
+
+INF = float("inf")
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]])
+
+
+def kept(logits: torch.Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits]
+
+
+def test_filters_of_the_authors():
+    golden = load_golden("sampling_filters")
+    logits = golden.tensor("logits")
+    settings = {key: re.fullmatch(r"probs_t([\d.]+)_k(\d+)_p([\d.]+)", key) for key in golden.arrays if key != "logits"}
+    assert len(settings) == 4
+    for key, match in settings.items():
+        t, k, p = float(match[1]), int(match[2]), float(match[3])
+        probability = keep_top_p(keep_top_k(logits / t, k), p).softmax(-1)
+        expected = golden.tensor(key)
+        assert torch.equal(probability > 0, expected > 0), key
+        torch.testing.assert_close(probability, expected, atol=1e-6, rtol=0)  # a softmax in float32
+
+
+def test_top_k_keeps_ties():
+    assert kept(keep_top_k(LOGITS, 2)) == [[0, 1, 4]]
+    assert kept(keep_top_k(torch.zeros(1, 6), 1)) == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_top_k_keeps_the_k_largest(k, generator):
+    logits = torch.randn(20, 9, generator=generator)
+    expected = [sorted(row) for row in logits.argsort(descending=True)[:, :k].tolist()]
+    assert kept(keep_top_k(logits, k)) == expected
+
+
+@pytest.mark.parametrize("k", [0, 5, 100])
+def test_top_k_off(k):
+    assert torch.equal(keep_top_k(LOGITS, k), LOGITS)
+
+
+def test_top_p_keeps_one_of_two_tied_entries_when_one_is_enough():
+    # Probabilities 0.51, 0.19, 0.07, 0.03, 0.19: one tied entry takes the sum across 0.6.
+    indices = kept(keep_top_p(LOGITS, 0.6))[0]
+    assert indices in ([0, 1], [0, 4])
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, generator):
+    logits = 2 * torch.randn(50, 30, generator=generator)
+    probability = logits.double().softmax(-1)
+    for row, indices in zip(probability, kept(keep_top_p(logits, p)), strict=True):
+        chosen = row[indices]
+        assert len(indices) >= 1
+        assert chosen.min() >= row.topk(len(indices)).values[-1]
+        # float32 sums of 30 probabilities.
+        assert chosen.sum() >= p - 1e-5
+        assert chosen.sum() - chosen.min() <= p + 1e-5
+
+
+def test_top_p_one_keeps_all_and_works_behind_top_k():
+    assert torch.equal(keep_top_p(LOGITS, 1.0), LOGITS)
+    assert kept(keep_top_p(keep_top_k(LOGITS, 1), 0.99)) == [[0]]
+
+
+@pytest.mark.parametrize("function", [lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.5)])
+def test_filters_leave_their_input_alone(function):
+    logits = LOGITS.clone()
+    function(logits)
+    assert torch.equal(logits, LOGITS)
+
+
+def test_draw_divides_the_unit_interval_in_proportion(generator):
+    logits = torch.randn(1, 12, generator=generator)
+    count = 10_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    counts = torch.bincount(draw(logits.expand(count, -1), grid), minlength=12)
+    # An interval of length p holds p n points of a grid of n, give or take one at its ends.
+    assert (counts - count * logits[0].double().softmax(-1)).abs().max() <= 1 + 1e-3
+    assert torch.equal(draw(logits.expand(count, -1), grid).sort().values, draw(logits.expand(count, -1), grid))
+
+
+def test_draw_follows_the_softmax(generator):
+    logits = torch.randn(1, 12, generator=generator)
+    count = 20_000
+    codes = draw(logits.expand(count, -1), torch.rand(count, generator=generator))
+    expected = count * logits[0].double().softmax(-1)
+    # The seed is fixed: this is one draw of the statistic, suspicious below one in a thousand.
+    assert chisquare(torch.bincount(codes, minlength=12), expected / expected.sum() * count).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-300, 0.25, 0.5, 1 - 2**-24, 1 - 2**-53, 1.0])
+def test_draw_never_takes_what_has_no_probability(uniform):
+    logits = torch.tensor(
+        [
+            [-INF, 0.0, -INF, 0.0, -INF],
+            [0.0, -INF, -INF, -INF, -INF],
+            [-INF, -INF, -INF, -INF, 0.0],
+            [-INF, 50.0, -60.0, 50.0, -INF],  # exp(-110) is 0 in float32
+        ]
+    )
+    codes = draw(logits, torch.full((4,), uniform, dtype=torch.float64)).tolist()
+    assert codes[0] in (1, 3)
+    assert codes[1:3] == [0, 4]
+    assert codes[3] in (1, 3)
+
+
+def test_ends_of_the_unit_interval_are_the_first_and_the_last_code():
+    logits = torch.tensor([[-INF, 0.0, 0.0, -INF]])
+    assert draw(logits, torch.tensor([0.0])).item() == 1
+    assert draw(logits, torch.tensor([1.0])).item() == 2
+
+
+def test_one_uniform_decides_one_row(generator):
+    logits, uniforms = torch.randn(6, 20, generator=generator), torch.rand(6, generator=generator)
+    rows = [draw(logits[i : i + 1], uniforms[i : i + 1]) for i in range(6)]
+    assert torch.equal(draw(logits, uniforms), torch.cat(rows))
+
+
+def test_zero_temperature_is_greedy(generator):
+    logits, uniforms = torch.randn(30, 9, generator=generator), torch.rand(30, generator=generator)
+    greedy = next_codes(logits, uniforms, SamplingConfig(temperature=0.0))
+    assert torch.equal(greedy, logits.argmax(-1))
+    # The limit: at temperature 1e-3 a lead of 0.1 is a factor exp(100).
+    lead = logits.topk(2).values.diff().abs().flatten() > 0.1
+    cold = next_codes(logits, uniforms, SamplingConfig(temperature=1e-3))
+    assert torch.equal(cold[lead], greedy[lead])
+
+
+def test_order_is_temperature_then_top_k_then_top_p():
+    # log probabilities 0.4, 0.3, 0.2, 0.1. At temperature 1/2: 16, 9, 4, 1 of 30. Top-3 leaves 16, 9, 4 of 29;
+    # top-p 0.6 then needs two of them (16/29 = 0.55). Top-p before top-k, or before the temperature, gives other sets.
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    config = SamplingConfig(temperature=0.5, top_k=3, top_p=0.6)
+    counts = torch.bincount(next_codes(logits.expand(1000, -1), grid, config), minlength=4)
+    assert counts.tolist() == [640, 360, 0, 0]
