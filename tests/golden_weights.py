@@ -1,4 +1,4 @@
-"""The authors' networks from recipes: weights rebuilt name by name, renamed, and loaded into ours (golden/README.md)."""
+"""The authors' networks from a recipe: weights rebuilt by name, renamed, loaded into ours (golden/README.md)."""
 
 import json
 import math

@@ -1,12 +1,13 @@
 """``smalto evaluate``: a checkpoint to a table of metrics, on screen, as JSON and in MLflow."""
 
+import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,28 +31,44 @@ def run(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: no images to compare with, settings out of range.
     """
+    protocol = requested(config)
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+    out = Path(config.out or Path(config.ckpt).resolve().parent.parent / f"evaluation_step{loaded.step}.json")
+    known = json.loads(out.read_text()) if out.exists() else {}
+    if known.get("requested") == protocol and not config.overwrite:
+        log.info("measured already, the table is from %s (overwrite=true measures again)", out)
+        show(known["metrics"], known["protocol"])
+        return known["metrics"]
     loaded.task.to(wanted_device(config.device))
     images = reference_images(config, loaded)
     measure = evaluate_tokenizer if loaded.kind == "tokenizer" else evaluate_generator
     values = measure(config, loaded, images)
-    protocol = {
+    found = {
         "ckpt": str(config.ckpt),
         "step": loaded.step,
         "ema": config.ema,
-        "reference": f"{config.images or images.path}, {images.num_val} validation images",
+        "reference": f"{images.path}, {images.num_val} validation images",
         "features": next((key.split("_", 1)[1] for key in values if key.startswith(("fid_", "rfid_"))), None),
     }
     if loaded.kind == "gpt":
-        protocol |= {"num_samples": config.num_samples, "labels": "balanced", "seed": config.seed}
-        protocol |= {f"sampling.{key}": value for key, value in config.sampling.items() if key != "_target_"}
-    out = Path(config.out or Path(config.ckpt).resolve().parent.parent / f"evaluation_step{loaded.step}.json")
+        found |= {"num_samples": config.num_samples, "labels": "balanced", "seed": config.seed}
+        found |= {f"sampling.{key}": value for key, value in config.sampling.items() if key != "_target_"}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"metrics": values, "protocol": protocol})
-    show(values, protocol)
-    record(config, experiment=f"evaluate_{loaded.kind}", params=protocol, metrics=values, artifacts=[out])
+    write_json(out, {"metrics": values, "protocol": found, "requested": protocol})
+    show(values, found)
+    record(config, experiment=f"evaluate_{loaded.kind}", params=found, metrics=values, artifacts=[out])
     log.info("written to %s", out)
     return values
+
+
+def requested(config: DictConfig) -> dict[str, Any]:
+    """What decides the numbers: all settings, and the checkpoint's size and time."""
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size"):
+        plain.pop(key)
+    path = Path(config.ckpt)
+    stat = path.stat() if path.exists() else None
+    return plain | {"file": [stat.st_size, stat.st_mtime_ns] if stat else None}
 
 
 def reference_images(config: DictConfig, loaded: LoadedTask) -> ImageShards:

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from smalto import __version__
@@ -57,12 +57,16 @@ def build(node: Any, **kwargs: Any) -> Any:
 
 
 def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
-    """The config that ``smalto NAME overrides...`` would run, for notebooks and tests."""
+    """The config that ``smalto NAME overrides...`` would run, for notebooks and tests; give ``run_dir=`` to train."""
     register_resolvers()
     mark_launch()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        return hydra.compose(name, overrides or [])
+        config = hydra.compose(name, overrides or [], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)  # what ${hydra:runtime.choices...} resolves from
+    with open_dict(config):
+        del config.hydra
+    return config
 
 
 def hydra_main(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

@@ -48,6 +48,8 @@ def run(config: DictConfig) -> dict[str, float]:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint
         raise KeyboardInterrupt from None
+    if not any(key.startswith("val/") for key in trainer.callback_metrics):  # only the end of the run was missing
+        trainer.validate(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     for callback in callbacks:
         metrics |= getattr(callback, "metrics", {})

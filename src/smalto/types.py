@@ -1,5 +1,6 @@
 """What crosses a floor: batches, protocols between tasks and callbacks, sampling parameters. Torch only."""
 
+import math
 from dataclasses import dataclass
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -61,12 +62,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.cfg_scale < 1.0:
-            problems.append(f"cfg_scale is {self.cfg_scale}, must be >= 1 (1 = no guidance)")
+        if not 1.0 <= self.cfg_scale < math.inf:
+            problems.append(f"cfg_scale is {self.cfg_scale}, must be a finite number >= 1 (1 = no guidance)")
         if self.cfg_interval < -1:
             problems.append(f"cfg_interval is {self.cfg_interval}, must be -1 (always) or a step number")
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}, must be >= 0 (0 = most probable code)")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature is {self.temperature}, must be a finite number >= 0 (0 = most probable code)")
         if self.top_k < 0:
             problems.append(f"top_k is {self.top_k}, must be >= 0 (0 = all codes)")
         if not 0 < self.top_p <= 1:

@@ -153,7 +153,7 @@ def test_low_precision_weights_give_low_precision_logits(class_gpt, codes, label
 
 @pytest.mark.parametrize("code_shape", [(), ((4, 4), (8, 8)), ((16,),)])
 def test_refuses_what_is_no_raster(make_gpt, code_shape):
-    with pytest.raises(ValueError, match="code_shape.*one grid"):
+    with pytest.raises(ValueError, match=r"code_shape.*one grid"):
         make_gpt(code_shape=code_shape)
 
 

@@ -65,5 +65,5 @@ def test_spatial_attention_knows_no_positions(generator):
 
 
 def test_refuses_widths_that_groups_do_not_divide():
-    with pytest.raises(ValueError, match="24 channels.*32 groups.*base_channels"):
+    with pytest.raises(ValueError, match=r"24 channels.*32 groups.*base_channels"):
         Normalize(24)

@@ -21,9 +21,10 @@ def test_refuses(wrong):
 
 
 @pytest.mark.parametrize("key", ["cfg_scale", "temperature", "top_p"])
-def test_refuses_what_is_no_number(key):
-    with pytest.raises(ValueError, match=f"{key} is nan"):
-        SamplingConfig(**{key: float("nan")})
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_refuses_what_is_no_number(key, value):
+    with pytest.raises(ValueError, match=f"{key} is {value}"):
+        SamplingConfig(**{key: float(value)})
 
 
 def test_names_all_problems_at_once():

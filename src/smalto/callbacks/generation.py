@@ -93,8 +93,8 @@ class Generation(L.Callback):
         if self.every_n_steps and step % self.every_n_steps == 0 and step not in (self._done_at, trainer.max_steps):
             self.evaluate(trainer, pl_module, self.num_samples)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The last evaluation, on more images."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The last evaluation, on more images; after the last checkpoint, and repeated if it was interrupted."""
         self.evaluate(trainer, pl_module, self.final_num_samples)
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any, num_samples: int) -> None:

@@ -112,7 +112,7 @@ class GPT(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Draw all parameters anew, rebuild the rotary table: also what a meta-device build needs after ``to_empty``."""
+        """Draw all parameters and rebuild the rotary table; a meta-device build needs it after ``to_empty``."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.init_std)

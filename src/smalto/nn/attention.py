@@ -59,7 +59,7 @@ class Attention(nn.Module):
             (B, T, dim).
         """
         batch, length, dim = x_BTC.shape
-        heads = self.qkv(x_BTC).view(batch, length, -1, self.head_dim)
+        heads = self.qkv(x_BTC).view(batch, length, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         q, k = apply_rope(q, rope).transpose(1, 2), apply_rope(k, rope).transpose(1, 2)
         v = v.transpose(1, 2)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last axis, then scale per channel.
 
-    Statistics are taken in float32 (float64 stays) and the result is cast back before the scale, so that weights trained
-    elsewhere in bfloat16 give the same numbers here.
+    Statistics are taken in float32 (float64 stays) and the result is cast back before the scale, so that weights
+    trained elsewhere in bfloat16 give the same numbers here.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:

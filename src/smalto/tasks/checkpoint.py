@@ -123,7 +123,8 @@ def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool
         config["image_size"] = image_size
     tokenizer = build_network(config)
     tokenizer.load_state_dict(_network_state(checkpoint, ema=ema))
-    return LoadedTokenizer(tokenizer.eval().requires_grad_(False), config, Path(path))
+    tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return LoadedTokenizer(tokenizer, config, Path(path))
 
 
 @dataclass(frozen=True)

