@@ -65,6 +65,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, generator):
         assert chosen.sum() - chosen.min() <= p + 1e-5
 
 
+def test_a_sum_of_exactly_p_does_not_stop_yet():
+    # The authors remove what comes after the sum has exceeded p; one half does not exceed one half.
+    assert kept(keep_top_p(torch.tensor([[0.0, 0.0, -INF]]), 0.5)) == [[0, 1]]
+
+
 def test_top_p_one_keeps_all_and_works_behind_top_k():
     assert torch.equal(keep_top_p(LOGITS, 1.0), LOGITS)
     assert kept(keep_top_p(keep_top_k(LOGITS, 1), 0.99)) == [[0]]

@@ -98,7 +98,16 @@ class LatestCheckpoint(Checkpoint):
             return
         path = self.folder / f"step_{step:08d}.ckpt"
         unfinished = path.with_suffix(UNFINISHED)
-        trainer.save_checkpoint(unfinished)
+        try:
+            trainer.save_checkpoint(unfinished)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            newest = newest_checkpoint(self.folder)
+            raise OSError(
+                f"could not write {path}: {error.strerror or error}; "
+                f"{f'{newest} stays good' if newest else 'nothing was saved yet'}: make room there and run the same "
+                "command again to go on"
+            ) from error
         if trainer.is_global_zero:
             unfinished.replace(path)
             link = self.folder / f"last{UNFINISHED}"

@@ -35,6 +35,8 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the bar at the step a resumed run starts from."""
+        if not self._enabled:
+            return
         steps = trainer.max_steps
         if steps < 0:
             batches = float(trainer.num_training_batches) * (trainer.max_epochs or 1)
@@ -43,7 +45,6 @@ class StepProgress(ProgressBar):
         self._bar = tqdm(
             total=steps,
             initial=trainer.global_step,
-            disable=not self._enabled,
             desc="train",
             unit="step",
             dynamic_ncols=terminal,
