@@ -12,6 +12,7 @@ VERBS = {
     "extract": "image shards + tokenizer -> code shards",
     "sample": "generator -> sheet, pictures, .npz",
     "evaluate": "checkpoint -> table of metrics",
+    "convert": "the authors' .pt -> checkpoint, and back; safetensors",
 }
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from smalto.callbacks.checkpoint import discard_checkpoints, newest_checkpoint
 from smalto.callbacks.provenance import Provenance
 from smalto.runtime import build, hydra_main, setup_logging
+from smalto.tasks.checkpoint import start_from
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def run(config: DictConfig) -> dict[str, float]:
     checkpoint = newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] is None else plain["ckpt_path"]
     if checkpoint:
         log.info("continuing from %s", checkpoint)
+    elif plain["init_from"] is not None:
+        start_from(task, plain["init_from"], kind=plain["kind"])
+        log.info("starting with the weights of %s", plain["init_from"])
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint

@@ -5,7 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from smalto.data.shards import CODES, IMAGES, expand_paths, map_member, read_member, read_meta, tar_members
+from smalto.data.patterns import expand_paths
+from smalto.data.shards import CODES, IMAGES, map_member, read_member, read_meta, tar_members
 from smalto.data.write import TarShard, npy_bytes, write_json
 
 

@@ -28,6 +28,7 @@ class EMA(L.Callback):
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
+        self._last_step = 0
         self.shadow: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] | None = None
 
@@ -43,9 +44,14 @@ class EMA(L.Callback):
             self.shadow = {name: p.detach().clone().float() for name, p in parameters.items()}
         self.shadow = {name: value.to(parameters[name].device) for name, value in self.shadow.items()}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Count steps from where the run begins."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        """Move the average once per optimizer step."""
-        if trainer.global_step > self.num_updates:
+        """Move the average once per optimizer step, not per batch of an accumulated one."""
+        if trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
             self.update(pl_module.net)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_rng, sample_uniform
+from smalto.data.patterns import is_foreign, scan_foreign
 from smalto.data.reader import ImageReader, stack_pixels
 from smalto.data.shards import IMAGES, read_meta
 from smalto.data.transforms import center_crop, random_crop
@@ -29,7 +30,8 @@ class ImageShards(StatelessDataModule):
     Small sets whose images all have one size are decoded once, in ``setup``, and kept.
 
     Args:
-        path: folder that ``smalto prepare`` wrote.
+        path: folder that ``smalto prepare`` wrote; or other uncompressed WebDataset shards: a folder, or a pattern
+            such as ``data/{train,val}-*.tar`` (those that begin with ``val`` or ``test`` validate).
         image_size: side of the images of a batch.
         batch_size: global.
         augment: ``none`` (images must have ``image_size``), ``center_crop`` (ADM), or ``random_crop``
@@ -90,7 +92,7 @@ class ImageShards(StatelessDataModule):
         """Locate the images, and decode them if they fit ``cache_mb``; a second call does nothing."""
         if self._readers:
             return
-        meta = read_meta(self.path, IMAGES)
+        meta = scan_foreign(self.path) if is_foreign(self.path) else read_meta(self.path, IMAGES)
         stored = meta["image_size"]
         wanted = [self.image_size, self.image_size]
         if self._augment == "none" and stored != wanted:
@@ -101,9 +103,11 @@ class ImageShards(StatelessDataModule):
                 f"data.augment=center_crop, or run smalto prepare with image_size={self.image_size} "
                 "and a resize"
             )
-        self.num_classes: int | None = meta["num_classes"]
         self.classes: list[str] = meta["classes"]
         self._readers = {split: ImageReader(self.path, meta, split) for split in ("train", "val")}
+        self.num_classes: int | None = meta["num_classes"]
+        if meta["encoding"] is None:  # foreign shards: the labels themselves are all that is known
+            self.num_classes = 1 + max(int(r.labels.max(initial=-1)) for r in self._readers.values()) or None
         self.num_train = len(self._readers["train"])
         self.num_val = min(len(self._readers["val"]), self._limit_val or len(self._readers["val"]))
         counts = {"train": self.num_train, "val": self.num_val}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smalto.data.shards import tar_members
+from smalto.data.shards import IMAGE_SUFFIXES, Member, split_key, tar_members
 from smalto.data.transforms import decode_image
 
 
@@ -16,7 +16,7 @@ class ImageReader:
 
     Args:
         path: folder of image shards.
-        meta: its meta.json.
+        meta: its meta.json, or what ``scan_foreign`` says instead.
         split: ``train`` or ``val``; a split that is not there is empty.
 
     Attributes:
@@ -33,19 +33,24 @@ class ImageReader:
         self._pid = os.getpid()
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
+        self._encoding = meta["encoding"]
         for number, (file, shard) in enumerate(zip(self._paths, shards, strict=True)):
-            found = _locate_images(file, meta["encoding"])
-            if len(found) != shard["num_images"]:
+            found = _locate_images(file, self._encoding)
+            if len(found) != shard.get("num_images", len(found)):
                 raise ValueError(
                     f"{file} holds {len(found)} images, meta.json says {shard['num_images']}; prepare it again"
                 )
-            places += [(number, offset, size) for offset, size, _ in found]
-            labels += [label for _, _, label in found]
+            places += [(number, offset, size) for offset, size, _, _ in found]
+            labels += [label for _, _, label, _ in found]
         self._places = np.array(places, np.int64).reshape(-1, 3)
         self.labels = np.array(labels, np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def keys(self) -> list[str]:
+        """Member name of each image without its suffix; walks the shards again."""
+        return [key for file in self._paths for _, _, _, key in _locate_images(file, self._encoding)]
 
     def read(self, index: int) -> Image.Image:
         """Image ``index``, RGB.
@@ -76,14 +81,18 @@ def stack_pixels(images: list[Image.Image]) -> np.ndarray:
     return np.ascontiguousarray(np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2))
 
 
-def _locate_images(path: Path, encoding: str) -> list[tuple[int, int, int]]:
-    """Offset, size and label of every image of a shard, in order."""
-    found: dict[str, list[int]] = {}
+def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int, str]]:
+    """Offset, size, label (-1: none) and key of every image of a shard, in order; ``encoding`` None: of any kind."""
+    images: dict[str, Member] = {}
+    labels: dict[str, int] = {}
+    wanted = IMAGE_SUFFIXES if encoding is None else {f".{encoding}"}
     with path.open("rb") as file:
         for member in tar_members(path):
-            key, _, suffix = member.name.partition(".")
-            if suffix == encoding:
-                found[key] = [member.offset, member.size, -1]
+            key, suffix = split_key(member.name)
+            if f".{suffix}" in wanted:
+                if key in images:
+                    raise ValueError(f"{path} holds two images with the key {key}; write the shard with unique keys")
+                images[key] = member
             elif suffix == "cls":
-                found[key][2] = int(os.pread(file.fileno(), member.size, member.offset))
-    return [(offset, size, label) for offset, size, label in found.values()]
+                labels[key] = int(os.pread(file.fileno(), member.size, member.offset))
+    return [(m.offset, m.size, labels.get(key, -1), key) for key, m in images.items()]

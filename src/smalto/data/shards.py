@@ -4,7 +4,6 @@ A data set is a folder of plain tar files and a ``meta.json``. Members are found
 after that an image is one read at an offset and a block of codes is a memory map into the tar itself.
 """
 
-import glob
 import itertools
 import json
 import mmap
@@ -19,6 +18,7 @@ IMAGES: Final = "smalto-images"
 CODES: Final = "smalto-codes"
 VERSION = 1
 META = "meta.json"
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _BLOCK = 512  # tar's unit: every header and every member starts at a multiple
 
 _MAKE = {
@@ -77,40 +77,11 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
     return meta
 
 
-def expand_paths(pattern: str | Path) -> list[Path]:
-    """Files meant by a path with braces (``a-{000..009}.tar``, ``{train,val}-*.tar``) and wildcards, sorted.
-
-    A folder means every ``*.tar`` in it.
-
-    Raises:
-        FileNotFoundError: a part of the pattern matches no file.
-    """
-    if Path(pattern).is_dir():
-        pattern = Path(pattern) / "*.tar"
-    paths: list[Path] = []
-    for part in _expand_braces(str(pattern)):
-        found = sorted(map(Path, glob.glob(part)))
-        if not found:
-            raise FileNotFoundError(f"{part} matches no file (from {pattern}); check the path")
-        paths += found
-    return paths
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if numbers:
-        width = len(numbers[1])
-        choices = [f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [
-        text
-        for choice in choices
-        for text in _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+def split_key(name: str) -> tuple[str, str]:
+    """Member name to what WebDataset calls key and suffix: cut at the first dot after the last slash."""
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
 def tar_members(path: str | Path) -> Iterator[Member]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from smalto.data.shards import expand_paths
+from smalto.data.patterns import expand_paths
 from smalto.data.sources import Record, Source, class_number, leading_split
 
 
@@ -60,8 +60,7 @@ class Parquet(Source):
     def _files(self) -> list[Any]:
         import pyarrow.parquet as pq  # here, because only this source needs it
 
-        pattern = Path(self._pattern) / "*.parquet" if Path(self._pattern).is_dir() else self._pattern
-        files = [(path, pq.ParquetFile(path)) for path in expand_paths(pattern)]
+        files = [(path, pq.ParquetFile(path)) for path in expand_paths(self._pattern, ".parquet")]
         wanted = [self._image, self._label, self._caption, self._split, self._class_name]
         for path, file in files:
             missing = [c for c in wanted if c is not None and c not in file.schema_arrow.names]

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from smalto.data.shards import META, Member, expand_paths, read_member, tar_members
-from smalto.data.sources import IMAGE_SUFFIXES, Record, Source, as_int, class_number, leading_split
+from smalto.data.patterns import expand_paths
+from smalto.data.shards import IMAGE_SUFFIXES, META, Member, read_member, split_key, tar_members
+from smalto.data.sources import Record, Source, as_int, class_number, leading_split
 
 
 class Tar(Source):
@@ -36,10 +37,10 @@ class Tar(Source):
         for shard in expand_paths(self._pattern):
             found: dict[str, dict[str, Member]] = {}
             for member in tar_members(shard):
-                folder, _, file = member.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                found.setdefault(key, {}).setdefault(suffix.lower(), member)
+                key, suffix = split_key(member.name)
+                if suffix in found.setdefault(key, {}):
+                    raise ValueError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
+                found[key][suffix] = member
             entries += [(shard, key, members) for key, members in found.items() if _image_suffix(members)]
         if not entries:
             raise FileNotFoundError(f"the tar files at {self._pattern} hold no images")

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
+from smalto.data.shards import IMAGE_SUFFIXES
 
 Part = tuple[str, str | None, np.ndarray, np.ndarray]
 """Name, split, images uint8 (N, H, W) or (N, H, W, 3), labels (N,)."""

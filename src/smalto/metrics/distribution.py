@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -108,11 +109,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
         raise ValueError(f"{a.mean.numel()} features against {b.mean.numel()}; both sides need the same extractor")
     mean_a, cov_a = a.mean.to(b.mean), a.cov.to(b.cov)
     small, n, other = (cov_a, a.n, b.cov) if a.n <= b.n else (b.cov, b.n, cov_a)
-    values, vectors = torch.linalg.eigh(small)  # ascending
+    # LAPACK's MRRR by scipy, on the CPU: torch's divide-and-conquer fails to converge on the many equal (zero)
+    # eigenvalues of a few images, and is no faster here.
+    values, vectors = (
+        torch.from_numpy(part).to(small) for part in scipy.linalg.eigh(small.cpu().numpy(), driver="evr")
+    )  # ascending
     keep = values > values[-1].clamp_min(0.0) * small.shape[0] * torch.finfo(small.dtype).eps
     keep[: max(0, small.shape[0] - (n - 1))] = False
     root = vectors[:, keep] * values[keep].sqrt()
-    cross = torch.linalg.eigvalsh(root.T @ other @ root).clamp_min(0.0).sqrt().sum()
+    product = (root.T @ other @ root).cpu().numpy()
+    cross = torch.from_numpy(scipy.linalg.eigvalsh(product, driver="evr")).to(small).clamp_min(0.0).sqrt().sum()
     distance = (mean_a - b.mean).square().sum() + cov_a.trace() + b.cov.trace() - 2 * cross
     return distance.clamp_min(0.0)  # rounding can leave -1e-12 of the traces
 

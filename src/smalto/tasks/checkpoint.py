@@ -4,29 +4,33 @@ Files are read with ``weights_only=True``: loading never runs code that a file b
 """
 
 import hashlib
-import pickle
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from smalto.tasks.safetensors import SUFFIX, read_safetensors
+from smalto.tasks.targets import check_targets
+from smalto.tasks.torch_file import read_torch_file
 from smalto.types import CodeShape
 
 CONFIG_KEY = "smalto"
 """Entry of a checkpoint that holds ``{"version", "kind", "config"}`` as plain data."""
 EMA_KEY = "EMA"
 """Callback state that holds averaged weights, ``{"shadow": {name: tensor}, ...}``."""
+OFFICIAL_KEY = "official"
+"""Entry with buffers of the LlamaGen authors' code, kept for the way back into their layout."""
 
 
 def read_checkpoint(path: str | Path, *, kind: str | None = None) -> dict[str, Any]:
     """The checkpoint as a dict, tensors mapped from the file and only read when used.
 
     Args:
-        path: the file.
+        path: the file; a ``.safetensors`` file has its config in the ``.json`` beside it.
         kind: ``tokenizer`` or ``gpt`` if only that will do.
 
     Raises:
@@ -34,40 +38,86 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None) -> dict[str, A
         ValueError: not a checkpoint of smalto, or of another kind.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/checkpoints/last.ckpt")
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
-    if not is_zipfile(path):
-        raise ValueError(
-            f"{path} is not a torch checkpoint (not a zip archive: truncated, or another kind of file); copy it again"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} could not be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
     if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
-        raise ValueError(f"{path} carries no smalto config; only checkpoints written by smalto train can be used here")
+        raise ValueError(
+            f"{path} carries no smalto config; only checkpoints written by smalto train can be used here (a file of "
+            f"the LlamaGen authors becomes one by smalto convert in={path} out=NAME.ckpt)"
+        )
     found = checkpoint[CONFIG_KEY]["kind"]
     if kind is not None and found != kind:
         raise ValueError(f"{path} holds a {found}, a {kind} is needed here")
     return checkpoint
 
 
-def _network_state(checkpoint: dict[str, Any], *, ema: bool) -> dict[str, Tensor]:
+def _read_exported(path: Path) -> dict[str, Any]:
+    """A checkpoint that ``smalto convert format=safetensors`` wrote."""
+    beside = path.with_suffix(".json")
+    tensors = read_safetensors(path)
+    if not beside.exists():
+        raise ValueError(
+            f"{path} carries no smalto config: {beside.name} is missing beside it; copy that too, or make both by "
+            "smalto convert in=FILE out=NAME.safetensors format=safetensors from a checkpoint of smalto train"
+        )
+    try:
+        checkpoint = json.loads(beside.read_text())
+    except ValueError as error:
+        raise ValueError(f"{beside} is not the JSON file of {path.name} ({error}); copy it again") from error
+    official = with_prefix(tensors, f"{OFFICIAL_KEY}.")
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{OFFICIAL_KEY}.")}
+    return checkpoint | {"state_dict": state, "callbacks": {}, OFFICIAL_KEY: official}
+
+
+def network_state(checkpoint: dict[str, Any], *, ema: bool) -> dict[str, Tensor]:
     """Weights of ``task.net``, averaged ones where there are any."""
-    state = _with_prefix(checkpoint["state_dict"], "net.")
+    state = with_prefix(checkpoint["state_dict"], "net.")
     if ema:
         state |= checkpoint.get("callbacks", {}).get(EMA_KEY, {}).get("shadow", {})
     return state
 
 
-def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def start_from(task: Any, path: str | Path, *, kind: str) -> None:
+    """Give a new task the weights of a checkpoint, averaged ones if there are any, and nothing else of it.
+
+    Raises:
+        ValueError: they are of another model; all names are told, and no weight is changed.
+    """
+    given = network_state(read_checkpoint(path, kind=kind), ema=True)
+    task.configure_model()
+    load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
+
+
+def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
+    """Load all weights or none.
+
+    Raises:
+        ValueError: ``what``, then every name that is missing, unknown or of another shape.
+    """
+    own = net.state_dict()
+    wrong = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(given.keys() - own.keys())]
+    wrong += [
+        f"{name} is {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(f"{what}: {'; '.join(wrong)}")
+    net.load_state_dict(given)
+
+
 def build_network(node: dict[str, Any]) -> nn.Module:
-    """A network from its ``_partial_`` config node."""
+    """A network from its ``_partial_`` config node.
+
+    Raises:
+        ValueError: it names something that is not part of smalto, see :mod:`smalto.tasks.targets`.
+    """
+    check_targets(node)
     return instantiate(node, _convert_="all")()
 
 
@@ -122,7 +172,7 @@ def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool
     if image_size is not None:
         config["image_size"] = image_size
     tokenizer = build_network(config)
-    tokenizer.load_state_dict(_network_state(checkpoint, ema=ema))
+    load_strictly(tokenizer, network_state(checkpoint, ema=ema), f"{path} is not whole")
     tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return LoadedTokenizer(tokenizer, config, Path(path))
 
@@ -153,12 +203,13 @@ def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema
         node["tokenizer_ckpt"] = tokenizer_ckpt
     else:
         node["discriminator"] = None  # only its training needs it
+    check_targets(node)
     task = instantiate(node, _convert_="all")
     task.configure_model()
-    task.net.load_state_dict(_network_state(checkpoint, ema=ema))
+    load_strictly(task.net, network_state(checkpoint, ema=ema), f"{path} is not whole")
     if kind == "gpt" and tokenizer_ckpt is None and checkpoint.get("tokenizer_config"):
         tokenizer = build_network(checkpoint["tokenizer_config"])
-        tokenizer.load_state_dict(_with_prefix(checkpoint["state_dict"], "tokenizer."))
+        load_strictly(tokenizer, with_prefix(checkpoint["state_dict"], "tokenizer."), f"the tokenizer in {path}")
         task.attach_tokenizer(tokenizer, checkpoint["tokenizer_config"])
     classes = checkpoint[CONFIG_KEY].get("classes") or []
     return LoadedTask(task.eval().requires_grad_(False), kind, config, checkpoint["global_step"], classes)

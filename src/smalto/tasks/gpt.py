@@ -144,7 +144,7 @@ class GPTTask(L.LightningModule):
                 condition.to(self.device),
                 sampling=sampling,
                 uniforms=uniforms_from_seeds(seeds, self.net.num_codes),
-                condition_mask=condition_mask,
+                condition_mask=None if condition_mask is None else condition_mask.to(self.device),
             )
         finally:
             self.train(training)

@@ -188,7 +188,12 @@ class VQModel(nn.Module):
         return self.decoder.conv_out.weight
 
     def quantize(self, image: Tensor) -> QuantizerOutput:
-        """Float (B, 3, H, W) in [-1, 1] to codes and quantised latents."""
+        """Float (B, 3, H, W) in [-1, 1] to codes and quantised latents; H and W must be multiples of the stride."""
+        if image.shape[-2] % self.downsample_factor or image.shape[-1] % self.downsample_factor:
+            raise ValueError(
+                f"images of {tuple(image.shape[-2:])} px cannot be tokenized with stride {self.downsample_factor}; "
+                "both sides must be multiples of it: crop or resize them (image_size=)"
+            )
         return self.quantizer(self.quant_conv(self.encoder(image)))
 
     def decode_latent(self, latent: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""Endless batches of images out of tar shards, and their count into epochs."""
+
+import logging
+import tarfile
+from collections.abc import Iterator
+from http.client import HTTPException
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from smalto.data.reader import stack_pixels
+from smalto.data.shards import IMAGE_SUFFIXES
+from smalto.data.tar_stream import read_samples, shard_order, shuffled
+from smalto.data.transforms import decode_image
+
+log = logging.getLogger(__name__)
+
+_MIX = 4  # keeps these random numbers apart from others
+
+
+class ImageStream(IterableDataset):
+    """Endless batches of one rank, or of one of its workers; arguments as in ``StreamedImages``."""
+
+    def __init__(
+        self,
+        *,
+        urls: list[str],
+        image_size: int,
+        batch_size: int,
+        crop: Any,
+        flip_prob: float,
+        buffer_size: int,
+        seed: int,
+        max_skipped: float,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._urls, self._image_size, self._batch_size = urls, image_size, batch_size
+        self._crop, self._flip_prob, self._buffer_size = crop, flip_prob, buffer_size
+        self._seed, self._max_skipped = seed, max_skipped
+        self._rank, self._world_size = rank, world_size
+        self.start = (0, 0)  # epoch and batch
+        self._read = self._skipped = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        consumer, consumers = self._rank * workers + number, self._world_size * workers
+        rng = np.random.default_rng((_MIX, self._seed, *self.start, consumer, consumers))
+        order = shard_order(self._seed, self.start, len(self._urls), consumer, consumers)
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        for data, label in shuffled(self._samples(order), self._buffer_size, rng):
+            try:
+                image = self._crop(decode_image(data), self._image_size, rng)
+            except ValueError as error:
+                self._skip(f"an image: {error}")
+                continue
+            self._read += 1
+            pixels = np.asarray(image)
+            images.append(pixels[:, ::-1] if rng.random() < self._flip_prob else pixels)
+            labels.append(label)
+            if len(images) == self._batch_size:
+                yield {"image": torch.from_numpy(stack_pixels(images)), "label": torch.tensor(labels)}
+                images, labels = [], []
+
+    def _samples(self, order: Iterator[int]) -> Iterator[tuple[bytes, int]]:
+        """Encoded images with labels, -1 where there is none."""
+        for number in order:
+            url, found = self._urls[number], False
+            try:
+                for sample in read_samples(url):
+                    suffix = next((s for s in sample if f".{s}" in IMAGE_SUFFIXES), None)
+                    if suffix is not None:
+                        found = True
+                        yield sample[suffix], int(sample.get("cls", b"-1"))
+            except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError) as error:
+                self._skip(f"the rest of {url}: {error}")
+                continue
+            if not found:
+                self._skip(f"{url}: it holds no images")
+
+    def _skip(self, what: str) -> None:
+        self._skipped += 1
+        log.warning("left out %s", what)
+        # a few are forgiven, or one in the first thousand images would end the run
+        if self._skipped > max(10, self._max_skipped * (self._read + self._skipped)):
+            raise ValueError(
+                f"{self._skipped} images or shards of {self._read + self._skipped} could not be read, max_skipped is "
+                f"{self._max_skipped}; the last is {what}. Repair them, leave them out of urls, or raise max_skipped"
+            )
+
+
+class StreamLoader:
+    """Counts a stream off into epochs, for Lightning; the workers and their buffers live on from epoch to epoch."""
+
+    batch_sampler = None  # Lightning looks here, then at ``sampler``
+
+    def __init__(self, stream: ImageStream, steps_per_epoch: int, num_workers: int) -> None:
+        self._stream, self._steps, self._num_workers = stream, steps_per_epoch, num_workers
+        self._epoch = self._done = 0
+        self._begin = 0  # batch of the epoch to go on at
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    @property
+    def sampler(self) -> Self:
+        """Itself: the object whose ``set_epoch`` Lightning calls."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the epoch that comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self._done, self._begin = self._begin, 0
+        if self._batches is None:
+            self._stream.start = (self._epoch, self._done)
+            self._batches = iter(
+                DataLoader(
+                    self._stream,
+                    batch_size=None,
+                    num_workers=self._num_workers,
+                    pin_memory=torch.cuda.is_available(),
+                    generator=torch.Generator(),  # else it draws from the global one
+                )
+            )
+        while self._done < self._steps:
+            self._done += 1
+            yield next(self._batches)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and batches handed out in it."""
+        return {"epoch": self._epoch, "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, with a stream of its own."""
+        self._epoch = state["epoch"]
+        self._begin = self._done = state["batches"] % self._steps
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches = None

@@ -1,0 +1,205 @@
+"""Weights with all that is known of them, whatever file they lie in: smalto's, safetensors, or the authors'."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smalto.tasks.checkpoint import CONFIG_KEY, OFFICIAL_KEY, build_network, network_state, read_checkpoint, with_prefix
+from smalto.tasks.official import USAGE_QUEUE, arguments, kind_of, official_name, official_weights
+from smalto.tasks.official_config import Hints, discriminator_node, gpt_node, task_node, tokenizer_node
+from smalto.tasks.safetensors import SUFFIX, read_safetensors
+from smalto.tasks.torch_file import read_torch_file
+from smalto.types import CodeShape
+
+log = logging.getLogger(__name__)
+
+RECORD_KEY = "smalto_export"
+"""Where an exported file in the authors' layout keeps what their layout has no place for; their code ignores it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network, not built: its config and its tensors by our names, mapped from the file.
+
+    Args:
+        kind: ``gpt`` or ``tokenizer``.
+        state: of the network.
+        config: of the run; ``config["task"]["net"]`` builds the network.
+        step: of training.
+        classes: names, maybe none.
+        tokenizer_config: of the tokenizer a generator carries.
+        tokenizer: its tensors.
+        discriminator: tensors of a tokenizer's discriminator.
+        official: buffers of the authors' code that ours has no use for, by their names.
+    """
+
+    kind: str
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    step: int = 0
+    classes: list[str] = field(default_factory=list)
+    tokenizer_config: dict[str, Any] | None = None
+    tokenizer: dict[str, Tensor] = field(default_factory=dict)
+    discriminator: dict[str, Tensor] = field(default_factory=dict)
+    official: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def net(self) -> dict[str, Any]:
+        """Config node of the network."""
+        return self.config["task"]["net"]
+
+
+def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) -> Weights:
+    """Weights of any file that holds a tokenizer or a generator, checked against the network they are for.
+
+    Args:
+        path: a checkpoint of smalto, a ``.safetensors`` file, or a file of the authors.
+        hints: what the authors' files do not tell.
+        which: ``ema`` or ``model``; None: the average if there is one.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: another kind of file, damage, hints missing, or tensors that do not fit.
+    """
+    path = Path(path)
+    content: Any
+    if path.suffix == SUFFIX and path.with_suffix(".json").exists():
+        content = read_checkpoint(path)
+    else:
+        content = read_safetensors(path) if path.suffix == SUFFIX else read_torch_file(path)
+    if isinstance(content, dict) and CONFIG_KEY in content:
+        weights = _of_smalto(content, which=which, path=path)
+    else:
+        weights = _of_authors(content, hints=hints, which=which, path=path)
+    check_fit(weights.net, weights.state, path, kind=weights.kind)
+    return weights
+
+
+def _of_smalto(checkpoint: dict[str, Any], *, which: str | None, path: Path) -> Weights:
+    if which == "ema" and "EMA" not in checkpoint.get("callbacks", {}):
+        raise ValueError(f"{path} has no averaged weights; use weights=model")
+    entry, state = checkpoint[CONFIG_KEY], checkpoint["state_dict"]
+    return Weights(
+        kind=entry["kind"],
+        state=network_state(checkpoint, ema=which != "model"),
+        config=entry["config"],
+        step=checkpoint["global_step"],
+        classes=entry.get("classes") or [],
+        tokenizer_config=checkpoint.get("tokenizer_config"),
+        tokenizer=with_prefix(state, "tokenizer."),
+        discriminator=with_prefix(state, "discriminator."),
+        official=checkpoint.get(OFFICIAL_KEY) or {},
+    )
+
+
+def _of_authors(content: Any, *, hints: Hints, which: str | None, path: Path) -> Weights:
+    given = official_weights(content, which=which, path=path)
+    kind = kind_of(given, path)
+    known, record = arguments(content), content.get(RECORD_KEY) or {}
+    if known.get("image_size") and hints.image_size is None and not record:
+        log.info("image_size=%s, from the arguments of the training run in %s", known["image_size"], path)
+        hints = replace(hints, image_size=known["image_size"])
+    if kind == "gpt" and hints.downsample_factor is None:
+        hints = replace(hints, downsample_factor=known.get("downsample_size"))
+    official = {USAGE_QUEUE: given.pop(USAGE_QUEUE)} if USAGE_QUEUE in given else {}
+    discriminator = _discriminator(content)
+    if record:
+        config = record["config"]
+    else:
+        net = (gpt_node if kind == "gpt" else tokenizer_node)(given, hints, path)
+        judge = discriminator_node(discriminator, path) if discriminator else None
+        size = hints.image_size or net.get("image_size")
+        config = {"name": "converted", "kind": kind, "image_size": size, "task": task_node(kind, net, judge)}
+        if judge:
+            check_fit(judge, discriminator, path, kind="discriminator")
+    theirs = check_fit(config["task"]["net"], given, path, kind=kind, official=True)
+    steps = content.get("steps")
+    return Weights(
+        kind=kind,
+        state={ours: given[name] for ours, name in theirs.items()},
+        config=config,
+        step=record.get("step", steps if isinstance(steps, int) else 0),
+        classes=record.get("classes", []),
+        discriminator=discriminator,
+        official=official,
+    )
+
+
+def _discriminator(content: dict[str, Any]) -> dict[str, Tensor]:
+    found = content.get("discriminator")
+    if not isinstance(found, dict):
+        return {}
+    return {key.removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def check_fit(
+    node: dict[str, Any], given: Mapping[str, Tensor], path: Path, *, kind: str, official: bool = False
+) -> dict[str, str]:
+    """Compare tensors with the network of a config, built without memory.
+
+    Returns:
+        Our names to the names in ``given``.
+
+    Raises:
+        ValueError: every unknown, missing and mis-shaped tensor.
+    """
+    try:
+        with torch.device("meta"):
+            built = build_network(node).state_dict()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: the network that it describes cannot be built: {error}") from error
+    names = {ours: official_name(kind, ours) if official else ours for ours in built}
+    wanted = {names[ours]: tuple(tensor.shape) for ours, tensor in built.items()}
+    problems = [
+        f"{what}: {', '.join(found)}"
+        for what, found in (
+            ("unknown", sorted(given.keys() - wanted.keys())),
+            ("missing", sorted(wanted.keys() - given.keys())),
+            (
+                "of another shape",
+                [
+                    f"{name} {tuple(given[name].shape)} instead of {shape}"
+                    for name, shape in wanted.items()
+                    if name in given and tuple(given[name].shape) != shape
+                ],
+            ),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the {kind} that its tensors are said to be; {'; '.join(problems)}")
+    return names
+
+
+def code_grid(tokenizer: dict[str, Any]) -> CodeShape:
+    """Grid of codes of a tokenizer's config node."""
+    side = tokenizer["image_size"] // downsample_factor(tokenizer)
+    return ((side, side),)
+
+
+def downsample_factor(tokenizer: dict[str, Any]) -> int:
+    """Pixels per code along a side, of a tokenizer's config node."""
+    return 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+
+
+def with_tokenizer(weights: Weights, tokenizer: Weights, *, paths: tuple[Path, Path]) -> Weights:
+    """A generator that carries a tokenizer, at the generator's resolution.
+
+    Raises:
+        ValueError: they do not speak the same codes.
+    """
+    generator, given = paths
+    side = weights.net["code_shape"][0][0]
+    node = tokenizer.net | {"image_size": side * downsample_factor(tokenizer.net)}
+    size = node["quantizer"]["codebook_size"]
+    if size != weights.net["vocab_size"]:
+        raise ValueError(
+            f"{given} has {size} codes, {generator} was trained on {weights.net['vocab_size']}; give the tokenizer "
+            "whose codes it was trained on"
+        )
+    return replace(weights, tokenizer_config=node, tokenizer=tokenizer.state)
