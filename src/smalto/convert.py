@@ -11,7 +11,7 @@ from smalto.runtime import hydra_main
 from smalto.tasks.export import write_weights
 from smalto.tasks.official_config import Hints
 from smalto.tasks.safetensors import SUFFIX
-from smalto.tasks.weights import Weights, code_grid, downsample_factor, read_weights, with_tokenizer
+from smalto.tasks.weights import Weights, downsample_factor, read_weights, with_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def run(config: DictConfig) -> dict[str, Any]:
             raise ValueError(f"tokenizer_ckpt={config.tokenizer_ckpt} holds a {tokenizer.kind}, give a tokenizer")
         hints = replace(hints, downsample_factor=hints.downsample_factor or downsample_factor(tokenizer.net))
     weights = read_weights(source, hints=hints, which=config.weights)
-    weights = apply_hints(weights, config, source)
+    weights = apply_hints(weights, tokenizer, config, source)
     if tokenizer is not None:
         weights = with_tokenizer(weights, tokenizer, paths=(source, Path(config.tokenizer_ckpt)))
     written = write_weights(weights, out, layout=config.format)
@@ -80,12 +80,12 @@ def check_options(config: DictConfig, source: Path, out: Path) -> None:
         raise FileExistsError(f"{there[0]} exists already; choose another out=, or overwrite=true to replace it")
 
 
-def apply_hints(weights: Weights, config: DictConfig, source: Path) -> Weights:
+def apply_hints(weights: Weights, tokenizer: Weights | None, config: DictConfig, source: Path) -> Weights:
     """Options that still matter once the kind is known; refuses those that say nothing.
 
     A tokenizer fits every resolution; a generator's is part of it.
     """
-    useless = ["l2_norm"] if weights.kind == "gpt" and config.tokenizer_ckpt is None else []
+    useless = ["l2_norm"] if weights.kind == "gpt" and tokenizer is None else []
     if weights.kind == "tokenizer":
         useless = ["tokenizer_ckpt", "downsample_factor", "num_heads"]
     given = [key for key in useless if config[key] is not None]
@@ -103,13 +103,14 @@ def apply_hints(weights: Weights, config: DictConfig, source: Path) -> Weights:
         return replace(weights, config=weights.config | {"task": weights.config["task"] | {"net": net}})
     if config.num_heads not in (None, net["num_heads"]):
         raise ValueError(f"num_heads is {config.num_heads}, {source} says {net['num_heads']}; leave it out")
-    if config.image_size is not None and weights.tokenizer_config is not None:
-        grid = code_grid(weights.tokenizer_config | {"image_size": config.image_size})
-        if [list(side) for side in grid] != [list(side) for side in net["code_shape"]]:
-            raise ValueError(
-                f"image_size is {config.image_size}, {source} writes images of {weights.tokenizer_config['image_size']}"
-                " px; a generator's resolution is part of it, leave image_size out"
-            )
+    carried = weights.tokenizer_config if tokenizer is None else tokenizer.net
+    factor = config.downsample_factor or (downsample_factor(carried) if carried else None)
+    side = net["code_shape"][0][0]
+    if config.image_size is not None and factor is not None and config.image_size != side * factor:
+        raise ValueError(
+            f"image_size is {config.image_size}, {source} writes {side} x {side} codes of {factor} px, which is "
+            f"{side * factor}; a generator's resolution is part of it"
+        )
     return weights
 
 

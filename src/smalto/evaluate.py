@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from smalto.data.images import ImageShards
 from smalto.data.progress import progress
+from smalto.data.transforms import to_float, to_pixels
 from smalto.data.write import write_json
 from smalto.metrics.codebook import CodebookUsage, position_counts, unigram_entropy, unigram_nll
 from smalto.metrics.image import PSNR, SSIM
 from smalto.metrics.suite import GenerationMetrics
-from smalto.runtime import build, hydra_main, record, wanted_device
+from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
 from smalto.sampling.requests import balanced_labels, image_seeds
 from smalto.tasks.checkpoint import LoadedTask, load_task
+from smalto.tasks.targets import check_targets
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,15 @@ def run(config: DictConfig) -> dict[str, float]:
     """
     protocol = requested(config)
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
-    out = Path(config.out or Path(config.ckpt).resolve().parent.parent / f"evaluation_step{loaded.step}.json")
+    out = Path(config.out or results_folder(config.ckpt) / f"evaluation_step{loaded.step}.json")
     known = json.loads(out.read_text()) if out.exists() else {}
     if known.get("requested") == protocol and not config.overwrite:
         log.info("measured already, the table is from %s (overwrite=true measures again)", out)
         show(known["metrics"], known["protocol"])
         return known["metrics"]
     loaded.task.to(wanted_device(config.device))
-    images = reference_images(config, loaded)
+    loaded.task.to_pixels = partial(to_pixels, size=config.eval_size, rounding=config.rounding)
+    images = reference_images(config, loaded, size=config.eval_size if loaded.kind == "gpt" else None)
     measure = evaluate_tokenizer if loaded.kind == "tokenizer" else evaluate_generator
     values = measure(config, loaded, images)
     found = {
@@ -48,6 +52,7 @@ def run(config: DictConfig) -> dict[str, float]:
         "step": loaded.step,
         "ema": config.ema,
         "reference": f"{images.path}, {images.num_val} validation images",
+        "eval_size": config.eval_size or images.image_size,
         "features": next((key.split("_", 1)[1] for key in values if key.startswith(("fid_", "rfid_"))), None),
     }
     if loaded.kind == "gpt":
@@ -71,35 +76,46 @@ def requested(config: DictConfig) -> dict[str, Any]:
     return plain | {"file": [stat.st_size, stat.st_mtime_ns] if stat else None}
 
 
-def reference_images(config: DictConfig, loaded: LoadedTask) -> ImageShards:
-    """The images of the checkpoint's own run, or those of ``images=``."""
+def reference_images(config: DictConfig, loaded: LoadedTask, *, size: int | None = None) -> ImageShards:
+    """The images of the checkpoint's own run, or those of ``images=``; ``size`` px instead of the run's if given."""
     if loaded.kind == "tokenizer":
-        node = dict(loaded.config["data"])
+        node = dict(loaded.config.get("data") or {})
     else:
         callbacks = loaded.config.get("callbacks") or {}
         node = dict((callbacks.get("generation") or {}).get("reference") or {})
-        if not node and config.images is None:
-            raise ValueError("this run had no reference images; give images=FOLDER of image shards")
+    if not node and config.images is None:
+        raise ValueError(f"{config.ckpt} knows of no reference images; give images=FOLDER of image shards")
     if config.images is not None:
         node = {
             "_target_": "smalto.data.images.ImageShards",
-            "image_size": loaded.task.tokenizer.image_size if loaded.kind == "gpt" else loaded.task.net.image_size,
+            "image_size": decoder(loaded).image_size,
             "augment": "center_crop",
             "flip_prob": 0.0,
             **node,
             "path": config.images,
         }
+    if size is not None:
+        node |= {"image_size": size, "augment": "center_crop"}
     node |= {
         "batch_size": config.batch_size,
         "val_batch_size": config.batch_size,
         "seed": 0,
         "num_workers": 0,
     }
+    check_targets(node)
     data = build(node)
     data.setup("validate")
     if data.num_val == 0:
         raise ValueError(f"{node['path']} has no validation images; prepare with val_fraction > 0")
     return data
+
+
+def decoder(loaded: LoadedTask) -> Any:
+    """What makes pictures: the network of a tokenizer, the tokenizer of a generator."""
+    found = loaded.task.tokenizer if loaded.kind == "gpt" else loaded.task.net
+    if found is None:
+        raise ValueError("this generator carries no tokenizer; give tokenizer_ckpt=PATH to see pictures")
+    return found
 
 
 def evaluate_tokenizer(config: DictConfig, loaded: LoadedTask, images: ImageShards) -> dict[str, float]:
@@ -109,16 +125,20 @@ def evaluate_tokenizer(config: DictConfig, loaded: LoadedTask, images: ImageShar
     usage = CodebookUsage(codebook_size=task.codebook_size).to(task.device)
     suite = GenerationMetrics(features=build(config.features), kind="reconstruction").to(task.device)
     perceptual = build(config.perceptual)().to(task.device) if config.perceptual else None
+    resized = config.eval_size not in (None, images.image_size)
+    # PSNR and SSIM compare with the resized image, rFID with images cropped at that size, as the authors do.
+    originals = iter(reference_images(config, loaded, size=config.eval_size).val_dataloader() if resized else ())
     distance = 0.0
     with progress("reconstruct", total=images.num_val) as advance, torch.inference_mode():
         for batch in images.val_dataloader():
             image = batch["image"].to(task.device)
             rebuilt, codes = task.reconstruct(image)
+            suite.update_real(next(originals)["image"].to(task.device) if resized else image)
+            suite.update_fake(rebuilt)
+            usage.update(codes)
+            image = task.to_pixels(to_float(image)) if resized else image
             for metric in (psnr, ssim):
                 metric.update(rebuilt, image)
-            usage.update(codes)
-            suite.update_real(image)
-            suite.update_fake(rebuilt)
             if perceptual is not None:
                 distance += float(perceptual(rebuilt / 127.5 - 1, image / 127.5 - 1).sum())
             advance(len(image))
@@ -170,7 +190,11 @@ def evaluate_generator(config: DictConfig, loaded: LoadedTask, images: ImageShar
 
 def code_shards(loaded: LoadedTask) -> Any:
     """The codes the generator was trained on, None if they are gone."""
-    node = loaded.config["data"]
+    node = loaded.config.get("data")
+    if not node:
+        log.warning("no validation loss: the checkpoint does not say on which codes it was trained")
+        return None
+    check_targets(node)
     try:
         data = build(node)
         data.setup("validate")

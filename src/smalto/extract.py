@@ -2,61 +2,63 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from smalto import __version__
-from smalto.data.code_writer import CROPS, CodeWriter, crop_names
+from smalto.data.code_writer import CodeWriter
 from smalto.data.codes import code_dtype
+from smalto.data.crops import CROPS, codes_summary, crop_names
+from smalto.data.npy_export import export_npy
+from smalto.data.npy_import import import_codes
 from smalto.data.output import OutputFolder
-from smalto.data.progress import progress
+from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, META, read_meta
-from smalto.runtime import hydra_main
+from smalto.data.text_blocks import text_dim
+from smalto.runtime import hydra_main, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
-from smalto.types import CodeShape
+from smalto.types import ReadyTokenizer
 
 log = logging.getLogger(__name__)
 
 
-class ReadyTokenizer(Protocol):
-    """What extraction needs to know of a tokenizer; ``smalto.tasks.checkpoint.LoadedTokenizer`` is one."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """A module in eval mode with ``encode``: float (B, 3, S, S) in [-1, 1] to int64 (B, L)."""
-
-    @property
-    def codebook_size(self) -> int:
-        """All codes are below."""
-
-    @property
-    def code_shape(self) -> CodeShape:
-        """Grids of codes of an image."""
-
-    @property
-    def image_size(self) -> int:
-        """Side S of the images it encodes."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the weights."""
-
-    @property
-    def path(self) -> str | Path:
-        """Of the checkpoint."""
-
-
 def run(config: DictConfig) -> dict[str, Any]:
-    """Extract what ``config`` (conf/extract.yaml) asks for; the summary of ``extract_codes``."""
+    """Extract or import what ``config`` (conf/extract.yaml) asks for; the summary of ``extract_codes``."""
+    if config.to_npy is not None and config.from_npy is None and (Path(config.out) / META).exists():
+        return _export(config, {"out": config.out, "status": "reused"})  # needs no tokenizer
+    tokenizer = load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size)
+    if config.from_npy is None:
+        return _export(config, _extract(config, tokenizer))
+    given: Any = OmegaConf.to_container(config.from_npy) if OmegaConf.is_dict(config.from_npy) else config.from_npy
+    return import_codes(
+        tokenizer,
+        given if isinstance(given, dict) else {"train": given},
+        out=config.out,
+        block_size=config.block_size,
+        shard_size=config.shard_size,
+        overwrite=config.overwrite,
+    )
+
+
+def _export(config: DictConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    if config.to_npy is not None and Ranks().first:
+        summary["npy"] = [str(folder) for folder in export_npy(config.out, config.to_npy)]
+        log.info("the same codes in the authors' layout: %s", ", ".join(summary["npy"]))
+    return summary
+
+
+def _extract(config: DictConfig, tokenizer: ReadyTokenizer) -> dict[str, Any]:
     return extract_codes(
-        load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size),
+        tokenizer,
         data=config.data.path,
         out=config.out,
+        text=config.text,
         crops=config.crops,
         crop_range=config.crop_range,
         batch_size=config.batch_size,
@@ -81,10 +83,13 @@ def extract_codes(
     workers: int,
     device: str,
     overwrite: bool,
+    text: str | Path | None = None,
 ) -> dict[str, Any]:
     """Encode every image of the shards in ``data``, train and val, into the folder ``out``.
 
-    The codes do not depend on ``workers``, nor on whether the job was interrupted.
+    The codes do not depend on ``workers``, on whether the job was interrupted, nor on how many processes share it:
+    started by ``torchrun``, each takes whole blocks. (A network's arithmetic may depend on its number of threads and on
+    the device in the last bit; give all processes the same.)
 
     Args:
         tokenizer: whose codes.
@@ -100,9 +105,12 @@ def extract_codes(
         workers: processes that decode and crop; 0: this one.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ...
         overwrite: remove what an earlier job left in ``out``.
+        text: folder of text features that go with the codes: float (tokens, width) in ``SPLIT/KEY.npy``, KEY being the
+            number in the names of the image's shard members; stored in half precision. None: no text.
 
     Returns:
-        ``out``, ``status`` (``written`` or ``reused``), ``num_train``, ``num_val``, ``crops``.
+        ``out``, ``status`` (``written`` or ``reused``), ``num_train``, ``num_val``, ``crops``; the counts are 0 in
+        ranks other than the first.
 
     Raises:
         ValueError: settings outside their range, or a tokenizer that does not do as it says.
@@ -132,30 +140,40 @@ def extract_codes(
         "images": images_sha256,
         "block_size": block_size,
         "shard_size": shard_size,
+        **({} if text is None else {"text": str(text)}),
     }
-    folder = OutputFolder(out, format=CODES, settings=settings, command="smalto extract", overwrite=overwrite)
-    with folder:
-        if folder.finished is None:
-            place = torch.device(_device(device))
-            writer = CodeWriter(
-                folder=folder,
-                encode=tokenizer.tokenizer.to(place).encode,
-                codebook_size=tokenizer.codebook_size,
-                num_tokens=sum(height * width for height, width in code_shape),
-                image_size=size,
-                crops=crops,
-                ranges=ranges,
-                batch_size=batch_size,
-                block_size=block_size,
-                shard_size=shard_size,
-                workers=workers,
-                device=place,
-            )
-            readers = {split: ImageReader(data, meta, split) for split in meta["splits"]}
-            total = sum(len(reader) for reader in readers.values())
-            done = sum(writer.done(split, len(reader)) for split, reader in readers.items())
-            with progress("extract", total=total, done=done) as advance:
-                splits = {split: writer.write(split, reader, advance) for split, reader in readers.items()}
+    ranks = Ranks()
+    folder = OutputFolder(
+        out,
+        format=CODES,
+        settings=settings,
+        command="smalto extract",
+        overwrite=overwrite,
+        helper=not ranks.first,
+    )
+    with ranks, _opened_by_the_first(folder, ranks) as finished:
+        if finished:
+            return codes_summary(folder, "reused", names)
+        place = wanted_device(f"cuda:{ranks.local_rank}" if device == "auto" and torch.cuda.is_available() else device)
+        writer = CodeWriter(
+            folder=folder,
+            ranks=ranks,
+            readers={split: ImageReader(data, meta, split) for split in meta["splits"]},
+            text=None if text is None else Path(text),
+            encode=tokenizer.tokenizer.to(place).encode,
+            codebook_size=tokenizer.codebook_size,
+            num_tokens=sum(height * width for height, width in code_shape),
+            image_size=size,
+            crops=crops,
+            ranges=ranges,
+            batch_size=batch_size,
+            block_size=block_size,
+            shard_size=shard_size,
+            workers=workers,
+            device=place,
+        )
+        splits = writer.write()
+        if ranks.first:
             folder.finish(
                 {
                     "splits": splits,
@@ -164,28 +182,29 @@ def extract_codes(
                     **described,
                     "tokenizer": {"path": str(tokenizer.path), "fingerprint": tokenizer.fingerprint},
                     "images": {"path": str(data), "sha256": images_sha256},
+                    "text": None if text is None else {"path": str(text), "dim": text_dim(folder.path, splits)},
                     "dtype": code_dtype(tokenizer.codebook_size).__name__,
                     "smalto_version": __version__,
                 }
             )
-            status = "written"
-        else:
-            status = "reused"
-    counts = {split: entry["num_images"] for split, entry in (folder.finished or {})["splits"].items()}
-    log.info("%s: %s, %s images, %d crops each", out, status, counts, len(names))
-    return {
-        "out": str(out),
-        "status": status,
-        "num_train": counts.get("train", 0),
-        "num_val": counts.get("val", 0),
-        "crops": names,
-    }
+        return codes_summary(folder, "written", names)
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+@contextmanager
+def _opened_by_the_first(folder: OutputFolder, ranks: Ranks) -> Iterator[bool]:
+    """Whether the folder is finished already; if the first rank cannot open it, no rank goes on."""
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        try:
+            stack.enter_context(folder)
+        except (OSError, ValueError) as error:
+            failure = error
+        problem, finished = ranks.share((failure and str(failure), folder.finished is not None))
+        if failure is not None:
+            raise failure
+        if problem:
+            raise ValueError(f"the first process stopped: {problem}")
+        yield finished
 
 
 def _check(

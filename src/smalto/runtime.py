@@ -141,6 +141,12 @@ def setup_logging(file: Path | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def results_folder(ckpt: str | Path) -> Path:
+    """Where results of a checkpoint go: its run's folder, or one beside a file that lies alone, named after it."""
+    path = Path(ckpt).resolve()
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent / f"{path.stem}_results"
+
+
 def wanted_device(name: str) -> torch.device:
     """``auto`` is the first GPU if there is one, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
-from smalto.runtime import build, hydra_main, record, wanted_device
+from smalto.data.transforms import to_pixels
+from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
 from smalto.sampling.requests import balanced_labels, image_seeds
 from smalto.sampling.sheet import image_sheet
 from smalto.sampling.writer import PictureFolder, pack_npz
@@ -47,6 +49,9 @@ def run(config: DictConfig) -> dict[str, Any]:
         "ema": config.ema,
         "tokenizer_ckpt": config.tokenizer_ckpt,
     }
+    if config.eval_size is not None:
+        settings["eval_size"] = config.eval_size
+        loaded.task.to_pixels = partial(to_pixels, size=config.eval_size)
     with OutputFolder(
         out, format="smalto-samples", settings=settings, command="smalto sample", overwrite=config.overwrite
     ) as folder:
@@ -69,8 +74,11 @@ def run(config: DictConfig) -> dict[str, Any]:
 def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
     """Class numbers from a list of numbers or names; all classes for None."""
     names = loaded.classes
+    count = getattr(loaded.task.net.conditioner, "num_classes", None)
+    if count is None:
+        raise ValueError("this generator is conditioned on text features; smalto sample draws for classes only")
     if labels is None:
-        return list(range(loaded.task.net.conditioner.num_classes))
+        return list(range(count))
     wanted = []
     for label in labels:
         if isinstance(label, str) and label in names:
@@ -86,13 +94,12 @@ def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
 
 def default_folder(config: DictConfig, loaded: LoadedTask, sampling: SamplingConfig) -> Path:
     """``samples/`` beside the run's checkpoints, named by what decides the pictures."""
-    run_folder = Path(config.ckpt).resolve().parent.parent
     chosen = "" if config.labels is None else "_labels" + "-".join(str(label) for label in config.labels)
     name = (
         f"step{loaded.step}_n{config.num_images}{chosen}_cfg{sampling.cfg_scale:g}_t{sampling.temperature:g}"
         f"_k{sampling.top_k}_p{sampling.top_p:g}_seed{config.seed}"
     )
-    return run_folder / "samples" / name.replace("/", "-").replace(" ", "-")
+    return results_folder(config.ckpt) / "samples" / name.replace("/", "-").replace(" ", "-")
 
 
 def write_images(

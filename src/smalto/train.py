@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
-from smalto.callbacks.checkpoint import discard_checkpoints, newest_checkpoint
+from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, newest_checkpoint
 from smalto.callbacks.provenance import Provenance
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.tasks.checkpoint import start_from
@@ -38,10 +38,17 @@ def run(config: DictConfig) -> dict[str, float]:
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
     claim_folder(folder, plain)
-    callbacks = [build(node) for node in (config.get("callbacks") or {}).values() if node is not None]
+    callbacks = [build(node) for node in chosen(config.get("callbacks"))]
     callbacks.append(Provenance(plain, kind=plain["kind"]))
-    loggers = [reopen(folder, node) for node in (config.get("logger") or {}).values() if node is not None]
-    trainer = build(config.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder))
+    loggers = [reopen(folder, node) for node in chosen(config.get("logger"))]
+    saves = any(isinstance(callback, LatestCheckpoint) for callback in callbacks)  # else Lightning adds its own saver
+    trainer = build(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(folder),
+        enable_checkpointing=saves,
+    )
     checkpoint = newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] is None else plain["ckpt_path"]
     if checkpoint:
         log.info("continuing from %s", checkpoint)
@@ -60,6 +67,11 @@ def run(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def chosen(nodes: DictConfig | None) -> list[DictConfig]:
+    """Nodes of a group that name a class; a preset may also set options of callbacks that were not chosen."""
+    return [node for node in (nodes or {}).values() if node and "_target_" in node]
 
 
 def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None:

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -40,6 +41,34 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """Int64 (B, L) to float (B, 3, H, W), about [-1, 1], not clamped."""
         ...
+
+
+class ReadyTokenizer(Protocol):
+    """A tokenizer and what is known of it; ``smalto.tasks.checkpoint.LoadedTokenizer`` is one."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A module in eval mode with ``encode``: float (B, 3, S, S) in [-1, 1] to int64 (B, L)."""
+
+    @property
+    def codebook_size(self) -> int:
+        """All codes are below."""
+
+    @property
+    def code_shape(self) -> CodeShape:
+        """Grids of codes of an image."""
+
+    @property
+    def image_size(self) -> int:
+        """Side S of the images it encodes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+
+    @property
+    def path(self) -> str | Path:
+        """Of the checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_weights_must_fit_exactly(tmp_path, vq, change):
         del content["state_dict"]["net.decoder.conv_out.bias"]
     else:
         content["state_dict"]["net.decoder.extra"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r"decoder\.(conv_out\.bias|extra)"):
+    with pytest.raises(ValueError, match=r"decoder\.(conv_out\.bias|extra)"):
         load_tokenizer(saved(tmp_path / "x.ckpt", content))
 
 

@@ -1,40 +1,37 @@
 """Encoding the images of a folder of shards into code shards, a block at a time, continued after a kill."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from smalto.data.codes import add_code_block, code_dtype
+from smalto.data.crops import CROPS, Crops
 from smalto.data.output import PARTS, OutputFolder
-from smalto.data.progress import Advance
+from smalto.data.progress import Advance, progress
+from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
-from smalto.data.transforms import TEN_CROPS, named_crops, to_float
+from smalto.data.text_blocks import LENGTH, TEXT, read_features
+from smalto.data.transforms import to_float
 from smalto.data.write import TarShard, npy_bytes, write_bytes
-
-CROPS = {"ten": TEN_CROPS, "center_flip": ("center", "center_flip"), "center": ("center",)}
-
-
-def crop_names(crops: str, ranges: Sequence[float]) -> list[str]:
-    """Names of the stored crops in their order; with several ranges each name ends in ``@range``."""
-    if len(ranges) == 1:
-        return list(CROPS[crops])
-    return [f"{name}@{crop_range:g}" for crop_range in ranges for name in CROPS[crops]]
 
 
 class CodeWriter:
-    """Encodes one split after the other into ``folder``.
+    """Encodes one split after the other into ``folder``, alone or with other ranks.
 
-    A block is saved as soon as it is encoded (in the folder ``parts``) and blocks become a shard when
-    all of its are there. Blocks begin at fixed images, so what is in a forward pass does not depend on
-    earlier interruptions.
+    A block is saved as soon as it is encoded (in the folder ``parts``), and the first rank makes a shard of blocks when
+    all of its are there. Blocks begin at fixed images, so what is in a forward pass depends neither on earlier
+    interruptions nor on the number of ranks.
 
     Args:
-        folder: open for this process.
+        folder: open for the first rank; the others only add blocks to it.
+        ranks: who shares the work.
+        readers: images of each split.
+        text: folder of text features, ``SPLIT/KEY.npy`` for the image with that key; None: no text.
         encode: of the tokenizer: float (B, 3, S, S) in [-1, 1] on ``device`` to int64 (B, L).
         codebook_size: all codes are below.
         num_tokens: L.
@@ -52,6 +49,9 @@ class CodeWriter:
         self,
         *,
         folder: OutputFolder,
+        ranks: Ranks,
+        readers: Mapping[str, ImageReader],
+        text: Path | None,
         encode: Callable[[Tensor], Tensor],
         codebook_size: int,
         num_tokens: int,
@@ -65,6 +65,7 @@ class CodeWriter:
         device: torch.device,
     ) -> None:
         self._folder, self._encode_images, self._device = folder, encode, device
+        self._ranks, self._readers, self._text = ranks, readers, text
         self._codebook_size, self._num_tokens = codebook_size, num_tokens
         self._image_size, self._ranges, self._names = image_size, list(ranges), CROPS[crops]
         self._num_crops = len(self._ranges) * len(self._names)
@@ -72,39 +73,67 @@ class CodeWriter:
         self._block_size, self._blocks_per_shard = block_size, shard_size // block_size
         self._workers = workers
 
-    def done(self, split: str, num_images: int) -> int:
-        """Images of ``split`` whose codes an earlier run saved."""
-        blocks = self._blocks(num_images)
-        return sum(len(block) for number, block in enumerate(blocks) if self._is_done(split, number))
-
-    def write(self, split: str, reader: ImageReader, advance: Advance) -> dict[str, Any]:
-        """Encode what is missing of ``split`` and write its shards.
+    def write(self) -> dict[str, Any]:
+        """Encode what is missing and write the shards.
 
         Returns:
-            The entry of the split in meta.json.
+            ``splits`` of meta.json; only to be used in the first rank.
 
         Raises:
             ValueError: the tokenizer gives codes of another shape or range than it states.
+            OSError: the file system does not show yet what other ranks wrote.
         """
-        blocks = self._blocks(len(reader))
-        missing = [number for number in range(len(blocks)) if not self._is_done(split, number)]
+        ranks = self._ranks
         self._folder.path.joinpath(PARTS).mkdir(exist_ok=True)
-        encoded = self._encode(reader, [blocks[number] for number in missing], advance)
-        for number, codes in zip(missing, encoded, strict=True):
-            write_bytes(self._part(split, number), npy_bytes(codes))
-            self._pack(split, number // self._blocks_per_shard, blocks, reader.labels)
+        blocks = {split: self._blocks(len(reader)) for split, reader in self._readers.items()}
+        # decided by one: others may look when the first blocks are already part of a shard
+        missing: dict[str, list[int]] = ranks.share(
+            {split: [n for n in range(len(blocks[split])) if not self._is_done(split, n)] for split in blocks}
+        )
+        mine = {split: numbers[ranks.rank :: ranks.world_size] for split, numbers in missing.items()}
+        total = sum(len(block) for parts in blocks.values() for block in parts)
+        left = {split: sum(len(blocks[split][n]) for n in numbers) for split, numbers in mine.items()}
+        everything = total if ranks.world_size == 1 else sum(left.values())
+        with progress("extract", total=everything, done=everything - sum(left.values())) as advance:
+            for split, reader in self._readers.items():
+                self._write_blocks(split, reader, blocks[split], mine[split], advance)
+        ranks.wait()
+        return {split: self._finish(split, reader, blocks[split]) for split, reader in self._readers.items()}
+
+    def _write_blocks(
+        self, split: str, reader: ImageReader, blocks: list[np.ndarray], numbers: list[int], advance: Advance
+    ) -> None:
+        encoded = self._encode(reader, [blocks[number] for number in numbers], advance)
+        keys = reader.keys() if self._text is not None and numbers else []
+        for number, codes in zip(numbers, encoded, strict=True):
+            if self._text is not None:
+                features, lengths = read_features(self._text / split, [keys[i] for i in blocks[number]])
+                write_bytes(self._part(split, number, TEXT), npy_bytes(features))
+                write_bytes(self._part(split, number, LENGTH), npy_bytes(lengths))
+            write_bytes(self._part(split, number), npy_bytes(codes))  # last: with it the block counts as done
+            if self._ranks.first:
+                self._pack(split, number // self._blocks_per_shard, blocks, reader.labels)
+
+    def _finish(self, split: str, reader: ImageReader, blocks: list[np.ndarray]) -> dict[str, Any]:
         shards = []
-        for shard in range(-(-len(blocks) // self._blocks_per_shard)):
-            self._pack(split, shard, blocks, reader.labels)  # when killed between the last block and the shard
-            shards.append(self._folder.done[f"{split}-{shard:05d}.tar"])
+        if self._ranks.first:
+            for shard in range(-(-len(blocks) // self._blocks_per_shard)):
+                self._pack(split, shard, blocks, reader.labels)
+                name = f"{split}-{shard:05d}.tar"
+                if name not in self._folder.done:
+                    raise OSError(
+                        f"blocks of {name} that other processes wrote to {self._folder.path} are not to be seen here; "
+                        "run the same command again when the file system shows them"
+                    )
+                shards.append(self._folder.done[name])
         return {"num_images": len(reader), "shards": shards}
 
     def _blocks(self, num_images: int) -> list[np.ndarray]:
         cuts = range(self._block_size, num_images, self._block_size)
         return np.split(np.arange(num_images), cuts)
 
-    def _part(self, split: str, block: int) -> Path:
-        return self._folder.path / PARTS / f"{split}-{block:06d}.npy"
+    def _part(self, split: str, block: int, kind: str = "npy") -> Path:
+        return self._folder.path / PARTS / f"{split}-{block:06d}.{kind}"
 
     def _is_done(self, split: str, block: int) -> bool:
         shard = f"{split}-{block // self._blocks_per_shard:05d}.tar"
@@ -121,10 +150,14 @@ class CodeWriter:
         with TarShard(self._folder.path / name) as tar:
             for number, part in zip(numbers, parts, strict=True):
                 add_code_block(tar, number, np.load(part), labels[blocks[number]])
+                for kind in (TEXT, LENGTH) if self._text is not None else ():
+                    tar.add(f"{number:06d}.{kind}", self._part(split, number, kind).read_bytes())
             record = tar.close()
         self._folder.record({**record, "num_images": sum(len(blocks[number]) for number in numbers)})
-        for part in parts:
+        for number, part in zip(numbers, parts, strict=True):
             part.unlink()
+            for kind in (TEXT, LENGTH):
+                self._part(split, number, kind).unlink(missing_ok=True)
 
     @torch.inference_mode()
     def _encode(self, reader: ImageReader, blocks: list[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
@@ -135,7 +168,7 @@ class CodeWriter:
             for i in range(0, len(block), self._images_per_pass)
         ]
         images = DataLoader(
-            _Crops(reader, passes, self._image_size, self._ranges, self._names),
+            Crops(reader, passes, self._image_size, self._ranges, self._names),
             batch_size=None,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
@@ -165,29 +198,3 @@ class CodeWriter:
             )
         stored = codes.cpu().numpy().astype(code_dtype(self._codebook_size))
         return stored.reshape(-1, self._num_crops, self._num_tokens)
-
-
-class _Crops(Dataset):
-    """Item i: the crops of the images of forward pass i, uint8 (n * crops, 3, S, S)."""
-
-    def __init__(
-        self,
-        reader: ImageReader,
-        passes: list[np.ndarray],
-        size: int,
-        ranges: list[float],
-        names: Sequence[str],
-    ) -> None:
-        self._reader, self._passes = reader, passes
-        self._size, self._ranges, self._names = size, ranges, names
-
-    def __len__(self) -> int:
-        return len(self._passes)
-
-    def __getitem__(self, index: int) -> Tensor:
-        crops = [
-            named_crops(image, self._size, crop_range, self._names)
-            for image in map(self._reader.read, map(int, self._passes[index]))
-            for crop_range in self._ranges
-        ]
-        return torch.from_numpy(np.concatenate(crops)).permute(0, 3, 1, 2).contiguous()

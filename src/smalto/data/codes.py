@@ -11,6 +11,7 @@ from torch import Tensor
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_uniform
 from smalto.data.shards import CODES, map_member, read_meta, tar_members
+from smalto.data.text_blocks import TextReader
 from smalto.data.write import TarShard, npy_bytes
 
 _CROP = 1  # stream number of the choice of crop
@@ -114,6 +115,9 @@ class CodeReader:
 class CodeShards(StatelessDataModule):
     """Batches ``{"codes": int64 (B, L), "label": int64 (B,)}`` from a folder of code shards.
 
+    With ``condition=text`` they are ``{"codes", "text": float32 (B, T, C), "text_mask": bool (B, T)}``: the first T
+    tokens of the stored features, shorter texts after zeros.
+
     A training image appears in one of its stored crops, chosen by (seed, epoch, image); validation
     always takes the centre, not mirrored.
 
@@ -127,6 +131,8 @@ class CodeShards(StatelessDataModule):
         crops: which training draws from: ``all`` stored, ``no_flip`` those not mirrored, ``center`` only.
         tokenizer_fingerprint: weights the codes must come from; None: any with the same codebook and shape.
         val_batch_size: global; None: as ``batch_size``.
+        condition: ``label``, or ``text`` if the shards hold text features.
+        text_tokens: T, with ``condition=text``.
 
     Attributes:
         num_train: training images.
@@ -153,8 +159,15 @@ class CodeShards(StatelessDataModule):
         num_workers: int = 0,
         tokenizer_fingerprint: str | None = None,
         val_batch_size: int | None = None,
+        condition: Literal["label", "text"] = "label",
+        text_tokens: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
+        if condition not in ("label", "text") or (condition == "text") != (text_tokens is not None and text_tokens > 0):
+            raise ValueError(
+                f"condition is {condition!r} and text_tokens is {text_tokens}; condition must be label (with "
+                "text_tokens=null) or text (with text_tokens, the length of the model's prefix)"
+            )
         if crops not in ("all", "center", "no_flip"):
             raise ValueError(f"crops is {crops!r}; it must be all, center or no_flip")
         self.path = Path(path)
@@ -162,7 +175,9 @@ class CodeShards(StatelessDataModule):
         self._code_shape = [list(scale) for scale in code_shape]
         self._crops = crops
         self._fingerprint = tokenizer_fingerprint
+        self._text_tokens = text_tokens
         self._readers: dict[str, CodeReader] = {}
+        self._texts: dict[str, TextReader] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Check the shards against the model and map them; a second call does nothing."""
@@ -182,6 +197,8 @@ class CodeShards(StatelessDataModule):
         self._train_crops = np.array({"all": range(len(names)), "no_flip": plain, "center": centers}[self._crops])
         self.num_classes: int | None = self.meta["num_classes"]
         self.classes: list[str] = self.meta["classes"]
+        if self._text_tokens is not None:
+            self._texts = {split: TextReader(self.path, self.meta, split) for split in ("train", "val")}
         self._readers = {split: CodeReader(self.path, self.meta, split) for split in ("train", "val")}
         self.num_train, self.num_val = (len(self._readers[split]) for split in ("train", "val"))
 
@@ -216,10 +233,11 @@ class CodeShards(StatelessDataModule):
 
     def _batch(self, split: str, indices: np.ndarray, crops: np.ndarray) -> dict[str, Tensor]:
         reader = self._readers[split]
-        return {
-            "codes": torch.from_numpy(reader.gather(indices, crops)),
-            "label": torch.from_numpy(reader.labels[indices]),
-        }
+        codes = torch.from_numpy(reader.gather(indices, crops))
+        if self._text_tokens is None:
+            return {"codes": codes, "label": torch.from_numpy(reader.labels[indices])}
+        text, mask = self._texts[split].gather(indices, self._text_tokens)
+        return {"codes": codes, "text": torch.from_numpy(text), "text_mask": torch.from_numpy(mask)}
 
     def _check_tokenizer(self) -> None:
         meta, problems = self.meta, []

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from smalto.data.reader import stack_pixels
 from smalto.data.shards import IMAGE_SUFFIXES
 from smalto.data.tar_stream import read_samples, shard_order, shuffled
 from smalto.data.transforms import decode_image
@@ -64,7 +63,8 @@ class ImageStream(IterableDataset):
             images.append(pixels[:, ::-1] if rng.random() < self._flip_prob else pixels)
             labels.append(label)
             if len(images) == self._batch_size:
-                yield {"image": torch.from_numpy(stack_pixels(images)), "label": torch.tensor(labels)}
+                stacked = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
+                yield {"image": torch.from_numpy(stacked), "label": torch.tensor(labels)}
                 images, labels = [], []
 
     def _samples(self, order: Iterator[int]) -> Iterator[tuple[bytes, int]]:

@@ -37,6 +37,7 @@ class OutputFolder:
         settings: everything that decides the content, as JSON; a job continues only what has equal settings.
         command: verb and main words, for messages: ``smalto prepare``.
         overwrite: remove what an earlier job left here, finished or not.
+        helper: a process that works for the one that has the folder open: only ``path`` counts.
 
     Attributes:
         finished: meta.json when the folder was complete already, else None.
@@ -47,8 +48,18 @@ class OutputFolder:
         OSError: disk full or not writable, as one message; finished shards stay.
     """
 
-    def __init__(self, path: str | Path, *, format: str, settings: dict, command: str, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        format: str,
+        settings: dict,
+        command: str,
+        overwrite: bool,
+        helper: bool = False,
+    ) -> None:
         self.path = Path(path)
+        self._helper = helper
         self.finished: dict[str, Any] | None = None
         self.done: dict[str, dict[str, Any]] = {}
         self._format, self._command, self._overwrite = format, command, overwrite
@@ -56,6 +67,8 @@ class OutputFolder:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
+        if self._helper:
+            return self
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise FileExistsError(f"{self.path} is a file; out= must be a folder")

@@ -46,6 +46,24 @@ def to_uint8(image: "Tensor", rounding: Literal["nearest", "truncate"] = "neares
     raise ValueError(f"rounding is {rounding!r}; it must be nearest or truncate")
 
 
+def to_pixels(
+    image: "Tensor", *, size: int | None = None, rounding: Literal["nearest", "truncate"] = "nearest"
+) -> "Tensor":
+    """Float pictures (B, 3, H, W), about [-1, 1], to uint8, resized before rounding if asked.
+
+    Args:
+        image: any float dtype.
+        size: side of the result, by bicubic interpolation without antialiasing: how the LlamaGen authors bring what
+            was made at 384 or 512 px to the 256 px of the reference. It aliases and overshoots; it is theirs.
+        rounding: see :func:`to_uint8`.
+    """
+    if size is not None and (size, size) != tuple(image.shape[-2:]):
+        from torch.nn.functional import interpolate  # not at the top: see the header
+
+        image = interpolate(image.float(), size=(size, size), mode="bicubic")
+    return to_uint8(image, rounding)
+
+
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Short side to ``size`` as ADM does: halved by BOX while at least twice too large, then BICUBIC."""
     while min(image.size) >= 2 * size:

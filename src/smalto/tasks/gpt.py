@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smalto.data.transforms import to_uint8
+from smalto.data.transforms import to_pixels
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.tasks.optim import Schedule, build_optimizer
@@ -47,6 +47,8 @@ class GPTTask(L.LightningModule):
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
+        self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
+        """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self._tokenizer_fingerprint: str | None = None
 
     def configure_model(self) -> None:
@@ -167,4 +169,4 @@ class GPTTask(L.LightningModule):
         if self.tokenizer is None:
             raise ValueError("this model was trained without a tokenizer; give tokenizer_ckpt=PATH to see pictures")
         chunks = codes.split(self.decode_batch_size)
-        return torch.cat([to_uint8(self.tokenizer.decode(chunk)) for chunk in chunks])
+        return torch.cat([self.to_pixels(self.tokenizer.decode(chunk)) for chunk in chunks])

@@ -87,17 +87,19 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        places = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        last = max((end for *_, end in places.values()), default=0)
+        places = {name: (*e["data_offsets"], DTYPES[e["dtype"]], e["shape"]) for name, e in header.items()}
+        last = max((end for _, end, *_ in places.values()), default=0)
         if 8 + length + last > size:
             raise ValueError(f"{8 + length + last} bytes are announced, the file has {size}")
-        body = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-        return {name: _view(body[start:end], dtype, shape) for name, (dtype, shape, start, end) in places.items()}
+        data: Any = torch.UntypedStorage.from_file(str(path), False, size)
+        first = 8 + length
+        return {name: _view(data[first + start : first + end], *kind) for name, (start, end, *kind) in places.items()}
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is not a whole safetensors file ({reason}); copy it again") from error
 
 
-def _view(raw: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    aligned = raw.storage_offset() % dtype.itemsize == 0
-    return (raw if aligned else raw.clone()).view(dtype).view(shape)
+def _view(raw: Any, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """A tensor on a storage of its own: on a shared one, ``torch.save`` of one tensor would write all of them."""
+    tensor = torch.empty(0, dtype=torch.uint8).set_(raw)
+    return (tensor if tensor.data_ptr() % dtype.itemsize == 0 else tensor.clone()).view(dtype).view(shape)

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smalto.data.transforms import to_float, to_uint8
+from smalto.data.transforms import to_float, to_pixels
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
 from smalto.tasks.optim import Schedule, build_optimizer
 from smalto.types import CodeShape, ImageBatch
@@ -83,6 +83,8 @@ class TokenizerTask(L.LightningModule):
         self.gen_loss = GENERATOR_LOSSES[gen_loss]
         self.adaptive_disc_weight = adaptive_disc_weight
         self.gradient_clip = gradient_clip
+        self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
+        """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -209,10 +211,10 @@ class TokenizerTask(L.LightningModule):
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, image).mean()
             self.log(f"val/{self.perceptual.name}", distance, sync_dist=True, batch_size=len(image))
-        return {"reconstruction": to_uint8(reconstruction), "codes": quantized.codes}
+        return {"reconstruction": self.to_pixels(reconstruction), "codes": quantized.codes}
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, H, W) to its reconstruction, uint8, and its codes (B, L)."""
         reconstruction, quantized = self.net(to_float(image))
-        return to_uint8(reconstruction), quantized.codes
+        return self.to_pixels(reconstruction), quantized.codes

@@ -14,7 +14,6 @@ from smalto.tasks.official import USAGE_QUEUE, arguments, kind_of, official_name
 from smalto.tasks.official_config import Hints, discriminator_node, gpt_node, task_node, tokenizer_node
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
 from smalto.tasks.torch_file import read_torch_file
-from smalto.types import CodeShape
 
 log = logging.getLogger(__name__)
 
@@ -174,12 +173,6 @@ def check_fit(
     if problems:
         raise ValueError(f"{path} does not fit the {kind} that its tensors are said to be; {'; '.join(problems)}")
     return names
-
-
-def code_grid(tokenizer: dict[str, Any]) -> CodeShape:
-    """Grid of codes of a tokenizer's config node."""
-    side = tokenizer["image_size"] // downsample_factor(tokenizer)
-    return ((side, side),)
 
 
 def downsample_factor(tokenizer: dict[str, Any]) -> int:

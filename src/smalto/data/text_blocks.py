@@ -1,0 +1,109 @@
+"""Text features beside codes: of each block all valid tokens in one array, and how many belong to each image."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smalto.data.shards import map_member, tar_members
+
+TEXT, LENGTH = "text.npy", "text_length.npy"
+"""Suffixes of the members: float16 (sum of lengths, C) and int32 (n,)."""
+
+
+def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Features of some images, one ``KEY.npy`` each of float (n, C) or (1, n, C), without padding.
+
+    Returns:
+        float16 (sum of n, C) and int32 (len(keys),).
+
+    Raises:
+        FileNotFoundError: an image has no file.
+        ValueError: a file of another shape, without tokens, or beyond the range of float16.
+    """
+    rows: list[np.ndarray] = []
+    for key in keys:
+        path = folder / f"{key}.npy"
+        if not path.is_file():
+            raise FileNotFoundError(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
+        features = np.load(path, allow_pickle=False)
+        features = features[0] if features.ndim == 3 and len(features) == 1 else features
+        if features.ndim != 2 or not len(features) or (rows and features.shape[1] != rows[0].shape[1]):
+            width = rows[0].shape[1] if rows else "width"
+            raise ValueError(f"{path} has shape {features.shape}, must be (tokens, {width}) with at least one token")
+        with np.errstate(over="ignore"):
+            rows.append(features.astype(np.float16))
+        if not np.isfinite(rows[-1]).all():
+            raise ValueError(f"{path} holds values that float16 cannot (beyond 65504, or not numbers)")
+    return np.concatenate(rows), np.array([len(row) for row in rows], np.int32)
+
+
+def text_dim(path: Path, splits: dict[str, Any]) -> int:
+    """Width of the stored features.
+
+    Raises:
+        ValueError: blocks of different widths.
+    """
+    dims = {
+        map_member(path / shard["name"], member).shape[1]
+        for split in splits.values()
+        for shard in split["shards"]
+        for member in tar_members(path / shard["name"])
+        if member.name.endswith("." + TEXT)
+    }
+    if len(dims) != 1:
+        raise ValueError(f"the text features have widths {sorted(dims)}; give features of one text encoder")
+    return dims.pop()
+
+
+class TextReader:
+    """Text features of one split by image number, mapped like the codes.
+
+    Args:
+        path: folder of code shards.
+        meta: its meta.json.
+        split: ``train`` or ``val``.
+
+    Raises:
+        ValueError: the shards hold no text, or not that of every image.
+    """
+
+    def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
+        if not meta.get("text"):
+            raise ValueError(
+                f"{path} holds no text features; run smalto extract with text=FOLDER, or set data.condition=label"
+            )
+        self.dim: int = meta["text"]["dim"]
+        self._blocks: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        shards = meta["splits"].get(split, {"shards": []})["shards"]
+        for file in (Path(path) / shard["name"] for shard in shards):
+            for member in tar_members(file):
+                if member.name.endswith("." + LENGTH):
+                    lengths.append(np.array(map_member(file, member)))
+                elif member.name.endswith("." + TEXT):
+                    self._blocks.append(map_member(file, member))
+        self._block = np.repeat(np.arange(len(lengths)), [len(block) for block in lengths])
+        self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        starts = [np.cumsum(block) - block for block in lengths]
+        self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
+        totals = [(len(block), int(length.sum())) for block, length in zip(self._blocks, lengths, strict=True)]
+        expected = sum(shard["num_images"] for shard in shards)
+        if len(self._lengths) != expected or any(rows != total for rows, total in totals):
+            raise ValueError(
+                f"the text features of {split} in {path} do not match its {expected} images; "
+                "extract them again with overwrite=true"
+            )
+
+    def gather(self, indices: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features of images ``indices``: float32 (B, T, C) and bool (B, T), True where there is a token.
+
+        The first ``num_tokens`` tokens of each; shorter texts stand at the end, after zeros, as in LlamaGen.
+        """
+        text = np.zeros((len(indices), num_tokens, self.dim), np.float32)
+        mask = np.zeros((len(indices), num_tokens), bool)
+        for row, index in enumerate(indices):
+            length, start = min(int(self._lengths[index]), num_tokens), int(self._start[index])
+            text[row, num_tokens - length :] = self._blocks[self._block[index]][start : start + length]
+            mask[row, num_tokens - length :] = True
+        return text, mask
