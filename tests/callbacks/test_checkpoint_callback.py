@@ -4,9 +4,9 @@ import errno
 
 import pytest
 import torch
-from tiny_tasks import make_codes, make_gpt_task, make_trainer
 
 from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint, step_checkpoints
+from tiny_tasks import make_codes, make_gpt_task, make_trainer
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (0, [2, 4, 6])])

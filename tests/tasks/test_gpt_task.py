@@ -126,3 +126,14 @@ def test_averaged_weights_reach_samples_and_leave_again(tmp_path):
         assert torch.equal(task.net.output.weight, average.shadow["output.weight"])
         assert not torch.equal(task.net.output.weight, live)
     assert torch.equal(task.net.output.weight, live)
+
+
+def test_codes_of_other_tokenizer_weights_are_refused_before_training(tmp_path, make_vq):
+    task = make_gpt_task()
+    task.configure_model()
+    task.attach_tokenizer(make_vq(), {})
+    task._tokenizer_fingerprint = "0123456789abcdef"
+    data = make_codes()
+    data.meta = {"tokenizer": {"path": "other.ckpt", "fingerprint": "fedcba9876543210"}}
+    with pytest.raises(ValueError, match=r"written by other\.ckpt.*smalto extract"):
+        make_trainer(tmp_path, max_steps=1).fit(task, data)

@@ -34,14 +34,15 @@ class PerceptualLoss(nn.Module):
 
     The network is a constant, not a part of the model: it is held in a tuple, where ``nn.Module`` does not
     look. So ``parameters()``, ``state_dict()``, ``load_state_dict(strict=True)``, ``train()``, DDP, FSDP and
-    EMA of a parent pass it by, and lpips' dropout can never come on (it does in LlamaGen's training, when
-    the parent is set to train). Only ``_apply``, through which ``to``, ``cuda``, ``float`` and ``double``
+    EMA of a parent pass it by. Only ``_apply``, through which ``to``, ``cuda``, ``float`` and ``double``
     work, is passed on, so it follows its parent to a device.
 
     Args:
         net: ``vgg``, ``squeeze_caffe``, or ``auto``: vgg when its file is at hand, else squeeze_caffe;
             which one is logged.
         weights: path of torchvision's VGG16 file; None looks into torch's hub folder (``$TORCH_HOME``).
+        dropout: of feature differences while the parent trains. 0 is right: a loss should not be noise. In the
+            LlamaGen authors' training lpips' own 0.5 was on, by an oversight (the loss module is set to train).
 
     Attributes:
         name: ``lpips_vgg`` or ``lpips_squeeze_caffe``, for metric names.
@@ -49,11 +50,15 @@ class PerceptualLoss(nn.Module):
 
     Raises:
         FileNotFoundError: ``vgg`` without its file.
-        ValueError: unknown net, a file that is not the published one, or ``weights`` with squeeze_caffe.
+        ValueError: unknown net, dropout outside [0, 1), a file that is not the published one, or ``weights`` with
+            squeeze_caffe.
     """
 
-    def __init__(self, *, net: str = "auto", weights: str | Path | None = None) -> None:
+    def __init__(self, *, net: str = "auto", weights: str | Path | None = None, dropout: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"perceptual: dropout is {dropout}, must be in [0, 1); 0.5 as in LlamaGen's training")
+        self.dropout = dropout
         if net not in ("auto", *MIN_SIZE):
             raise ValueError(f"net is {net!r}, must be auto, {' or '.join(MIN_SIZE)}")
         if net == "squeeze_caffe" and weights is not None:
@@ -102,6 +107,7 @@ class PerceptualLoss(nn.Module):
         ):
             with torch.autocast(x.device.type, enabled=False):
                 difference = (_unit(level_x) - _unit(level_y)).square()
+                difference = nn.functional.dropout(difference, self.dropout, self.training)
                 # The last layer of a head is a 1 x 1 convolution to one channel; the one before is dropout.
                 total = total + head.model[-1](difference).mean(dim=(1, 2, 3))
         return total

@@ -202,7 +202,9 @@ def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema
     if kind == "gpt":
         node["tokenizer_ckpt"] = tokenizer_ckpt
     else:
-        node["discriminator"] = None  # only its training needs it
+        node["discriminator"] = node["perceptual"] = None
+    # Only training needs these; they may need packages and files of the machine that trained.
+    node["optimizer"] = {"_target_": "torch.optim.SGD", "_partial_": True}
     check_targets(node)
     task = instantiate(node, _convert_="all")
     task.configure_model()

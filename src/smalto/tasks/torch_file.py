@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -47,7 +48,8 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/checkpoints/last.ckpt")
+        inside = "consolidated.pth" if (path / "consolidated.pth").exists() else "checkpoints/last.ckpt"
+        raise ValueError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/{inside}")
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
     with path.open("rb") as file:
@@ -59,7 +61,8 @@ def read_torch_file(path: str | Path) -> Any:
         kind = kind or ("another kind of file" if head else "an empty file")
         raise ValueError(f"{path} is not a torch checkpoint (not a whole zip archive, but {kind}); copy it again")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about unusual pickles; they load or they do not
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
         raise ValueError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error

@@ -1,0 +1,137 @@
+"""What a converted file is for: sampling, measuring, extracting; at the paper's evaluation size too."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from official_files import saved, tiny_gpt, tiny_text_gpt, tiny_tokenizer
+from smalto import convert, evaluate, extract, sample
+from smalto.data.encode import Recipe
+from smalto.data.images import ImageShards
+from smalto.data.shards import CODES, read_meta
+from smalto.data.source_idx import FashionMnist
+from smalto.data.transforms import to_float
+from smalto.prepare import prepare_images
+from smalto.runtime import compose
+from smalto.tasks.checkpoint import load_tokenizer
+
+LITE = ["features=lite0", "features.size=32", "mlflow=false", "device=cpu", "perceptual=none"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("converted")
+
+
+@pytest.fixture(scope="module")
+def images(home) -> Path:
+    prepare_images(
+        FashionMnist(),
+        out=home / "images",
+        recipe=Recipe("pad", 32, "png", 1),
+        split="auto",
+        val_fraction=0.2,
+        limit=60,
+        shuffle=True,
+        seed=0,
+        shard_size=32,
+        workers=0,
+        max_rejected=0,
+        overwrite=False,
+        description={},
+        command="",
+    )
+    return home / "images"
+
+
+def converted(home: Path, name: str, weights: dict, *options: str) -> Path:
+    source = saved(home / f"{Path(name).stem}.pt", {"model": weights})
+    convert.run(compose("convert", [f"in={source}", f"out={home / name}", *options]))
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def tokenizer(home) -> Path:
+    return converted(home, "vq.safetensors", tiny_tokenizer(), "image_size=32", "format=safetensors")
+
+
+@pytest.fixture(scope="module")
+def generator(home, tokenizer) -> Path:
+    size = ["image_size=16", "num_heads=2"]
+    return converted(home, "gpt.ckpt", tiny_gpt(classes=10), *size, f"tokenizer_ckpt={tokenizer}")
+
+
+def measured(ckpt: Path, *overrides: str) -> dict[str, float]:
+    return evaluate.run(compose("evaluate", [f"ckpt={ckpt}", *LITE, *overrides]))
+
+
+def test_extract(home, tokenizer, images):
+    extract.run(
+        compose(
+            "extract",
+            [
+                f"tokenizer_ckpt={tokenizer}",
+                f"data.path={images}",
+                f"out={home / 'codes'}",
+                "crops=center",
+                "workers=0",
+            ],
+        )
+    )
+    meta = read_meta(home / "codes", CODES)
+    assert (meta["codebook_size"], meta["code_shape"]) == (64, [[16, 16]])
+    assert meta["tokenizer"]["fingerprint"] == load_tokenizer(tokenizer).fingerprint
+
+
+def test_measure_a_tokenizer(tokenizer, images):
+    values = measured(tokenizer, f"images={images}")
+    assert {"psnr", "ssim", "codebook_usage", "rfid_lite0_32"} <= values.keys()
+    with pytest.raises(ValueError, match=r"vq\.safetensors knows of no reference images; give images=FOLDER"):
+        measured(tokenizer)
+
+
+def test_measure_at_the_papers_size(home, tokenizer, images):
+    """PSNR of reconstructions and images that were both resized as the authors do it, before rounding."""
+    values = measured(tokenizer, f"images={images}", "eval_size=16", "rounding=truncate", f"out={home / 'small.json'}")
+    data = ImageShards(
+        path=images, image_size=32, batch_size=4, augment="none", flip_prob=0.0, num_workers=0, seed=0, val_batch_size=4
+    )
+    data.setup("validate")
+    net = load_tokenizer(tokenizer).tokenizer
+    scores = []
+    for batch in data.val_dataloader():
+        image = to_float(batch["image"])
+        with torch.inference_mode():
+            pair = [F.interpolate(x, size=(16, 16), mode="bicubic") for x in (net.decode(net.encode(image)), image)]
+        ours, theirs = ((127.5 * x + 128.0).clamp(0, 255).byte().double() for x in pair)
+        scores += [10 * np.log10(255**2 / error) for error in (ours - theirs).square().mean((1, 2, 3)).tolist()]
+    assert values["psnr"] == pytest.approx(np.mean(scores), abs=1e-3)
+    assert json.loads((home / "small.json").read_text())["protocol"]["eval_size"] == 16
+
+
+def test_sample_and_measure_a_generator(home, generator, images):
+    options = ["num_images=4", "labels=[3,9]", "mlflow=false", "device=cpu"]
+    out = sample.run(compose("sample", [f"ckpt={generator}", *options]))
+    assert Path(out["out"]).is_relative_to(home / "gpt_results/samples")
+    assert np.load(out["npz"])["arr_0"].shape == (4, 16, 16, 3)
+    large = sample.run(compose("sample", [f"ckpt={generator}", *options, "eval_size=32", f"out={home / 'large'}"]))
+    assert np.load(large["npz"])["arr_0"].shape == (4, 32, 32, 3)
+    values = measured(generator, f"images={images}", "num_samples=10", "eval_size=32", "batch_size=10")
+    assert "fid_lite0_32" in values
+    assert "loss" not in values, "which codes it was trained on is not known"
+
+
+def test_a_generator_without_a_tokenizer_says_so(home, images):
+    ckpt = converted(home, "alone.ckpt", tiny_gpt(classes=10), "image_size=16", "num_heads=2", "downsample_factor=2")
+    with pytest.raises(ValueError, match="tokenizer_ckpt=PATH"):
+        measured(ckpt, f"images={images}", "num_samples=10")
+
+
+def test_text_generators_are_refused_by_sample(home):
+    ckpt = converted(home, "t2i.ckpt", tiny_text_gpt(), "image_size=16", "num_heads=2", "downsample_factor=2")
+    with pytest.raises(ValueError, match="conditioned on text"):
+        sample.run(compose("sample", [f"ckpt={ckpt}"]))

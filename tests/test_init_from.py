@@ -1,0 +1,120 @@
+"""Fine-tuning: a new run with the weights of another, of any format, and nothing else of it."""
+
+import pytest
+import torch
+
+from official_files import saved, tiny_gpt, tiny_tokenizer
+from smalto import convert, train
+from smalto.runtime import compose
+from smalto.tasks.checkpoint import read_checkpoint, start_from
+from tiny_tasks import make_gpt_task
+
+GPT = [
+    "task=gpt",
+    "callbacks=_common",
+    "data=synthetic_codes",
+    "image_size=64",
+    "tokenizer.channel_multipliers=[1,1,1,1]",  # 8 x 8 codes
+    "tokenizer.quantizer.codebook_size=64",
+    "model.dim=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "data.num_train=32",
+    "data.num_val=8",
+    "data.batch_size=4",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.accelerator=cpu",
+    "logger=csv",
+]
+TOKENIZER = [
+    "task=tokenizer",
+    "callbacks=_common",
+    "data=synthetic_images",
+    "image_size=16",
+    "tokenizer.base_channels=32",
+    "tokenizer.channel_multipliers=[1,2]",
+    "tokenizer.num_res_blocks=1",
+    "tokenizer.z_channels=32",
+    "tokenizer.quantizer.codebook_size=64",
+    "tokenizer.quantizer.codebook_dim=4",
+    "discriminator.num_layers=1",
+    "discriminator.base_channels=8",
+    "perceptual=none",
+    "task.disc_start=1",
+    "data.num_train=16",
+    "data.num_val=4",
+    "data.batch_size=4",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.accelerator=cpu",
+    "logger=csv",
+]
+"""The sizes of ``official_files.tiny_gpt`` and ``tiny_tokenizer``."""
+
+
+def run(folder, base, *overrides: str) -> dict[str, float]:
+    return train.run(compose("train", [*base, f"run_dir={folder}", *overrides]))
+
+
+def converted(folder, weights, *options: str):
+    out = folder / ("start.safetensors" if "format=safetensors" in options else "start.ckpt")
+    convert.run(compose("convert", [f"in={saved(folder / 'in.pt', weights)}", f"out={out}", *options]))
+    return out
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    state = read_checkpoint(folder / "checkpoints/last.ckpt")["state_dict"]
+    return {name: value.clone() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("layout", ["smalto", "safetensors"])
+def test_a_generator_goes_on_from_the_authors_weights(tmp_path, layout):
+    size = ["image_size=128", "num_heads=2", f"format={layout}"]
+    start = converted(tmp_path, tiny_gpt(classes=1000, hidden=256), *size)
+    # A learning rate of zero shows what the run started with.
+    run(tmp_path / "run", GPT, f"init_from={start}", "task.optimizer.lr=0", "model.ffn_multiple_of=256")
+    found, given = weights_of(tmp_path / "run"), read_checkpoint(start)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 2
+
+
+def test_a_tokenizer_goes_on_with_a_new_discriminator(tmp_path):
+    start = converted(tmp_path, tiny_tokenizer(), "image_size=16")
+    metrics = run(tmp_path / "run", TOKENIZER, f"init_from={start}", "task.optimizer.lr=0")
+    found, given = weights_of(tmp_path / "run"), read_checkpoint(start)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+    assert any(name.startswith("discriminator.") for name in found)
+    assert "train/disc_loss" in metrics
+
+
+def test_training_moves_the_weights_and_a_finished_run_is_not_started_again(tmp_path):
+    start = converted(tmp_path, tiny_gpt(classes=1000), "image_size=128", "num_heads=2")
+    first = run(tmp_path / "run", GPT, f"init_from={start}")
+    moved = weights_of(tmp_path / "run")
+    assert any(not torch.equal(moved[name], value) for name, value in read_checkpoint(start)["state_dict"].items())
+    assert run(tmp_path / "run", GPT, f"init_from={start}") == first
+
+
+def test_a_continued_run_keeps_its_own_weights(tmp_path):
+    start = converted(tmp_path, tiny_gpt(classes=1000), "image_size=128", "num_heads=2")
+    whole = run(tmp_path / "whole", GPT, f"init_from={start}", "trainer.max_steps=2")
+    run(tmp_path / "run", GPT, f"init_from={start}", "trainer.max_steps=2")
+    (tmp_path / "run/metrics.json").unlink()  # as if killed before its end
+    start.unlink()
+    assert run(tmp_path / "run", GPT, f"init_from={start}")["val/loss"] == whole["val/loss"]
+
+
+def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path):
+    start = converted(tmp_path, tiny_gpt(classes=10), "image_size=128", "num_heads=2")
+    with pytest.raises(ValueError, match=r"init_from=.*embedding\.weight is \(11, 32\) instead of \(1001, 32\)"):
+        run(tmp_path / "run", GPT, f"init_from={start}")
+    with pytest.raises(ValueError, match="holds a gpt, a tokenizer is needed"):
+        run(tmp_path / "other", TOKENIZER, f"init_from={start}")
+    assert not (tmp_path / "run/checkpoints").exists()
+    task = make_gpt_task()
+    task.configure_model()
+    before = {name: value.clone() for name, value in task.net.state_dict().items()}
+    with pytest.raises(ValueError, match="instead of"):
+        start_from(task, start, kind="gpt")
+    assert all(torch.equal(value, before[name]) for name, value in task.net.state_dict().items())
