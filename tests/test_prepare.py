@@ -277,10 +277,12 @@ def test_recipes(recipe, size):
     assert stored.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[recipe.encoding]
 
 
-@pytest.mark.parametrize("encoding", ["png", "webp"])
-def test_lossless_encodings_are(encoding):
+@pytest.mark.parametrize(("encoding", "quality"), [("png", 0), ("png", -1), ("png", 9), ("webp", 0)])
+def test_lossless_encodings_are(encoding, quality):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    result = encode(Item("0", "n", Record(image=Image.fromarray(pixels), name="n")), Recipe("keep", None, encoding, 0))
+    result = encode(
+        Item("0", "n", Record(image=Image.fromarray(pixels), name="n")), Recipe("keep", None, encoding, quality)
+    )
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(result.data)).convert("RGB")), pixels)
 
 
@@ -308,7 +310,7 @@ def test_files_in_the_stored_form_are_kept_as_they_are():
         (("keep", 8, "png", 3), "image_size is 8 but resize=keep"),
         (("pad", None, "png", 3), "resize=pad needs image_size"),
         (("keep", None, "bmp", 3), "encoding is 'bmp'"),
-        (("keep", None, "png", 95), r"quality is 95, must be in 0\.\.9"),
+        (("keep", None, "png", 95), r"quality is 95, must be in -1\.\.9"),
     ],
 )
 def test_wrong_recipes_are_explained(arguments, words):

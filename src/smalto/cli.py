@@ -4,6 +4,9 @@ import os
 import sys
 from importlib import import_module
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from smalto import __version__
 
 VERBS = {
@@ -12,8 +15,13 @@ VERBS = {
     "extract": "image shards + tokenizer -> code shards",
     "sample": "generator -> sheet, pictures, .npz",
     "evaluate": "checkpoint -> table of metrics",
+    "inspect": "shards, codes, checkpoint or run -> what is in it, and whether it is whole",
     "convert": "the authors' .pt -> checkpoint, and back; safetensors",
 }
+
+
+MODULES = {"inspect": "inspect_path"}
+"""Where the module of a verb is not called like the verb: ``inspect`` is a module of Python's."""
 
 
 def usage() -> str:
@@ -50,7 +58,25 @@ def main() -> None:
         return
     assert verb is not None
     os.environ["SMALTO_VERB"] = verb
-    import_module(f"smalto.{verb}").main()
+    given = sys.argv[1] if sys.argv[1:] else "-"
+    if verb == "inspect" and given[0] != "-" and ("=" not in given or os.path.exists(given)):
+        sys.argv[1] = f"path={given}"
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    import_module(f"smalto.{MODULES.get(verb, verb)}").main()
+
+
+def quoted(argument: str) -> str:
+    """``key=path`` with quotes where Hydra's grammar needs them: letters beyond ASCII, brackets, ``=`` in paths."""
+    key, equals, value = argument.partition("=")
+    if not equals or "/" not in value or value[0] in "[{'\"" or "${" in value:
+        return argument
+    parser = OverridesParser.create()
+    try:
+        parser.parse_override(argument)
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+    return argument
 
 
 if __name__ == "__main__":

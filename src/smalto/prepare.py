@@ -22,7 +22,7 @@ from smalto.runtime import build, hydra_main
 
 log = logging.getLogger(__name__)
 
-DEFAULT_QUALITY = {"jpg": 95, "png": 3, "webp": 0}  # above, png and webp cost much time for little size
+DEFAULT_QUALITY = {"jpg": 95, "png": -1, "webp": 0}  # above, png and webp cost much time for little size
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     return prepare_images(
         build(config.source),
         out=config.out,
-        recipe=Recipe(config.resize, config.image_size, config.encoding, quality),
+        recipe=Recipe(config.resize, config.image_size, config.encoding, quality, config.min_side),
         split=config.split,
         val_fraction=config.val_fraction,
         limit=config.limit,

@@ -1,10 +1,13 @@
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 
 from smalto.data.codes import CodeReader, CodeShards, add_code_block, code_dtype
 from smalto.data.transforms import TEN_CROPS
-from smalto.data.write import TarShard, write_json
+from smalto.data.write import TarShard, npy_bytes, write_json
 
 TOKENS, CODEBOOK = 6, 50
 SHAPE = [[2, 3]]
@@ -177,3 +180,57 @@ def test_frequencies_and_histogram(tmp_path):
     assert data.class_frequencies() == pytest.approx([0.2] * 5)
     expected = np.bincount(stored_codes("train", 50, 10)[:, 4].ravel(), minlength=CODEBOOK)
     assert np.array_equal(data.code_histogram(), expected)
+
+
+def resident_mib() -> float:
+    """Memory of this process that is not shared with others, and all of it."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def sparse_shards(folder, shards: int, images: int):
+    """Shards of 256 tokens and 10 crops whose codes are a hole in the file: they take no room on the disk."""
+    records, tokens = [], 256
+    for number in range(shards):
+        file = folder / f"train-{number:05d}.tar"
+        codes = np.lib.format.header_data_from_array_1_0(np.zeros((0, 10, tokens), np.uint16)) | {
+            "shape": (images, 10, tokens)
+        }
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, codes)
+        labels = npy_bytes(np.arange(images) % 5)
+        with file.open("wb") as out:
+            size = len(header.getvalue()) + images * 10 * tokens * 2
+            for name, length, data in (
+                ("000000.codes.npy", size, header.getvalue()),
+                ("000000.label.npy", len(labels), labels),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = length
+                out.write(info.tobuf(tarfile.USTAR_FORMAT))
+                start = out.tell()
+                out.write(data)
+                out.seek(start + -(-length // 512) * 512)
+            out.truncate(out.tell() + 1024)
+        records.append({"name": file.name, "num_images": images, "bytes": file.stat().st_size})
+    meta = {"format": "smalto-codes", "version": 1, "num_classes": 5, "classes": [], "codebook_size": CODEBOOK}
+    meta |= {"splits": {"train": {"num_images": shards * images, "shards": records}}, "code_shape": [[16, 16]]}
+    meta |= {"crops": list(TEN_CROPS), "dtype": "uint16", "tokenizer": {"path": "x", "fingerprint": "y"}}
+    write_json(folder / "meta.json", meta)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    grown = []
+    for number, shards in enumerate((1, 100)):  # 100 MB and 10 GB
+        (tmp_path / str(number)).mkdir()
+        sparse_shards(tmp_path / str(number), shards, 20_000)
+        total = sum(shard.stat().st_size for shard in (tmp_path / str(number)).iterdir())
+        assert total > shards * 1e8
+        before = resident_mib()
+        data = module(tmp_path / str(number), batch_size=256, code_shape=[[16, 16]])
+        batches = iter(data.train_dataloader())
+        for _ in range(70):
+            assert next(batches)["codes"].shape == (256, 256)
+        grown.append(resident_mib() - before)
+    # two million images: their order takes 8 bytes each, labels 4; the codes nothing
+    assert grown[1] < 60, grown

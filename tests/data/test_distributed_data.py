@@ -48,7 +48,7 @@ def images(folder, workers=0):
         flip_prob=0.5,
         num_workers=workers,
         seed=3,
-        val_batch_size=5,
+        val_batch_size=6,
     )
 
 

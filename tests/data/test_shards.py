@@ -60,6 +60,9 @@ def test_damaged_tars_are_named(tmp_path):
     path.write_bytes(whole[:3000])
     with pytest.raises(ValueError, match="ends inside a member"):
         list(tar_members(path))
+    path.write_bytes(whole[: 512 + 5120])  # exactly between members
+    with pytest.raises(ValueError, match="without tar's end mark"):
+        list(tar_members(path))
     path.write_bytes(b"\x1f\x8b" + whole)
     with pytest.raises(ValueError, match=r"not a plain tar.*gz"):
         list(tar_members(path))

@@ -1,6 +1,8 @@
+import gzip
 import http.server
 import io
 import shlex
+import tarfile
 import threading
 from collections import Counter
 from functools import partial
@@ -12,6 +14,7 @@ from PIL import Image
 
 from smalto.data.image_stream import StreamLoader
 from smalto.data.images import ImageShards
+from smalto.data.shards import tar_members
 from smalto.data.streaming import StreamedImages
 from smalto.data.tar_stream import expand_urls, read_samples, shard_order, shuffled
 from smalto.data.write import TarShard
@@ -185,6 +188,25 @@ def test_a_failing_command_is_noticed_after_whole_looking_output(tmp_path):
     shards(tmp_path, count=1)
     with pytest.raises(OSError, match="ended with code 4"):
         list(read_samples(f"pipe:cat {shlex.quote(str(tmp_path))}/part-000.tar; exit 4"))
+
+
+@pytest.mark.parametrize("member", ["000000.cls", "000000.png"])
+def test_a_shard_cut_between_members_is_noticed(tmp_path, member):
+    shard = shards(tmp_path, count=1) / "part-000.tar"
+    end = {m.name: m.offset + -(-m.size // 512) * 512 for m in tar_members(shard)}[member]
+    shard.write_bytes(shard.read_bytes()[:end])
+    with pytest.raises(OSError, match="without tar's end mark"):
+        list(read_samples(str(shard)))
+
+
+def test_compressed_shards_are_streamed(tmp_path):
+    whole = shards(tmp_path, count=1) / "part-000.tar"
+    packed = tmp_path / "part.tar.gz"
+    packed.write_bytes(gzip.compress(whole.read_bytes()))
+    assert list(read_samples(str(packed))) == list(read_samples(str(whole)))
+    packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
+    with pytest.raises((EOFError, OSError, tarfile.TarError)):
+        list(read_samples(str(packed)))
 
 
 def test_the_reservoir_loses_nothing():

@@ -1,5 +1,6 @@
-"""Codes for training a generator: packed shards, mapped into memory, gathered a batch at a time."""
+"""Codes for training a generator: packed shards, read in place, gathered a batch at a time."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_uniform
-from smalto.data.shards import CODES, map_member, read_meta, tar_members
+from smalto.data.shards import CODES, Member, ShardFiles, map_member, read_meta, tar_members
 from smalto.data.text_blocks import TextReader
 from smalto.data.write import TarShard, npy_bytes
 
@@ -38,8 +39,7 @@ def add_code_block(shard: TarShard, block: int, codes: np.ndarray, labels: np.nd
 class CodeReader:
     """Codes of one split by image number; nothing is read before it is asked for.
 
-    Each shard is one flat memory map, and an image is a run of numbers in it, so a batch is one gather
-    per shard it touches, not one read per image.
+    What is kept is the place of each block, and the labels; the codes of an image in one crop are one read in the tar.
 
     Args:
         path: folder of code shards.
@@ -47,7 +47,7 @@ class CodeReader:
         split: ``train`` or ``val``; a split that is not there is empty.
 
     Attributes:
-        labels: int64 (N,).
+        labels: int32 (N,).
 
     Raises:
         ValueError: a shard holds other than what meta.json says.
@@ -56,42 +56,42 @@ class CodeReader:
     def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
         self._num_crops = len(meta["crops"])
         self._num_tokens = sum(height * width for height, width in meta["code_shape"])
-        dtype = np.dtype(meta["dtype"])
+        self._dtype = np.dtype(meta["dtype"])
         shards = meta["splits"].get(split, {"shards": []})["shards"]
-        # each shard, seen as numbers of the codes' type from its first byte
-        self._flat: list[np.ndarray] = []
-        starts: list[np.ndarray] = []  # place of each image in its shard's flat view
-        labels: list[np.ndarray] = []
-        for shard in shards:
-            file = Path(path) / shard["name"]
-            found = 0
+        self._files = ShardFiles([Path(path) / shard["name"] for shard in shards])
+        counts: list[int] = []  # images of each block
+        blocks: list[tuple[int, int]] = []  # shard and offset of each
+        labels = [np.zeros(0, np.int32)]
+        for number, (file, shard) in enumerate(zip(self._files.paths, shards, strict=True)):
+            before = sum(counts)
             for member in tar_members(file):
-                block = map_member(file, member)
                 if member.name.endswith(".label.npy"):
-                    labels.append(np.array(block))
+                    labels.append(np.array(map_member(file, member), np.int32))
                 elif member.name.endswith(".codes.npy"):
-                    if block.dtype != dtype or block.shape[1:] != (self._num_crops, self._num_tokens):
-                        raise ValueError(
-                            f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says {dtype} "
-                            f"(n, {self._num_crops}, {self._num_tokens}); extract it again with "
-                            "overwrite=true"
-                        )
-                    first = block.offset // dtype.itemsize  # tar and npy headers are multiples of 64 bytes
-                    starts.append(first + np.arange(len(block)) * (self._num_crops * self._num_tokens))
-                    found += len(block)
-            if found != shard["num_images"]:
+                    block = map_member(file, member)
+                    self._check(block, member, file)
+                    blocks.append((number, block.offset))
+                    counts.append(len(block))
+            if sum(counts) - before != shard["num_images"]:
                 raise ValueError(
-                    f"{file} holds codes of {found} images, meta.json says {shard['num_images']}; "
+                    f"{file} holds codes of {sum(counts) - before} images, meta.json says {shard['num_images']}; "
                     "extract it again with overwrite=true"
                 )
-            self._flat.append(np.memmap(file, dtype=dtype, mode="r", shape=file.stat().st_size // dtype.itemsize))
-        counts = [shard["num_images"] for shard in shards]
-        self._shard = np.repeat(np.arange(len(shards)), counts)
-        self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
-        self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # image of each block, and the total
+        self._shard, self._offset = np.array(blocks, np.int64).reshape(-1, 2).T
+        self.labels = np.concatenate(labels)
+        if len(self.labels) != len(self):
+            raise ValueError(f"{path} holds {len(self.labels)} labels for the codes of {len(self)} images of {split}")
 
     def __len__(self) -> int:
-        return len(self._start)
+        return int(self._first[-1])
+
+    def _check(self, block: np.memmap, member: Member, file: Path) -> None:
+        if block.dtype != self._dtype or block.shape[1:] != (self._num_crops, self._num_tokens):
+            raise ValueError(
+                f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says {self._dtype} "
+                f"(n, {self._num_crops}, {self._num_tokens}); extract it again with overwrite=true"
+            )
 
     def gather(self, indices: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes of images ``indices``, each in its crop: int64 (B, tokens).
@@ -99,17 +99,19 @@ class CodeReader:
         Args:
             indices: (B,) image numbers.
             crops: (B,) numbers of stored crops.
+
+        Raises:
+            ValueError: a shard became shorter since it was opened.
         """
-        starts = self._start[indices] + crops * self._num_tokens
-        places = starts[:, None] + np.arange(self._num_tokens)
-        shards = self._shard[indices]
-        if len(self._flat) == 1:
-            return self._flat[0][places].astype(np.int64)
-        codes = np.empty(places.shape, np.int64)
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            codes[rows] = self._flat[shard][places[rows]]
-        return codes
+        block = np.searchsorted(self._first, indices, side="right") - 1
+        size = self._num_tokens * self._dtype.itemsize
+        offsets = self._offset[block] + ((indices - self._first[block]) * self._num_crops + crops) * size
+        files = [self._files.descriptor(number) for number in range(len(self._files.paths))]
+        places = zip(self._shard[block].tolist(), offsets.tolist(), strict=True)
+        rows = b"".join([os.pread(files[shard], size, offset) for shard, offset in places])
+        if len(rows) != size * len(indices):
+            raise ValueError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
+        return np.frombuffer(rows, self._dtype).reshape(len(indices), self._num_tokens).astype(np.int64)
 
 
 class CodeShards(StatelessDataModule):
@@ -180,7 +182,7 @@ class CodeShards(StatelessDataModule):
         self._texts: dict[str, TextReader] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the shards against the model and map them; a second call does nothing."""
+        """Check the shards against the model and locate the codes; a second call does nothing."""
         if self._readers:
             return
         self.meta = read_meta(self.path, CODES)
@@ -235,7 +237,7 @@ class CodeShards(StatelessDataModule):
         reader = self._readers[split]
         codes = torch.from_numpy(reader.gather(indices, crops))
         if self._text_tokens is None:
-            return {"codes": codes, "label": torch.from_numpy(reader.labels[indices])}
+            return {"codes": codes, "label": torch.from_numpy(reader.labels[indices].astype(np.int64))}
         text, mask = self._texts[split].gather(indices, self._text_tokens)
         return {"codes": codes, "text": torch.from_numpy(text), "text_mask": torch.from_numpy(mask)}
 

@@ -12,20 +12,32 @@ from smalto.data.transforms import center_crop, decode_image, pad_to, resize_sho
 Resize = Literal["keep", "center_crop", "short_side", "pad"]
 Encoding = Literal["png", "jpg", "webp"]
 
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
+"""Of a resized image; Pillow's own limit for opening one without complaint."""
 _PILLOW_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+
+_RUNS_ONLY = {"compress_level": 1, "compress_type": 3}  # zlib's Z_RLE
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How images are stored.
 
+    What all recipes have in common: pictures become upright 8-bit RGB (``to_rgb`` says how grey, palette, transparent,
+    CMYK and 16-bit ones do; of an animation the first frame counts). Small images are enlarged, down to a single
+    pixel, unless ``min_side`` leaves them out. Rejected are: damaged and truncated files, float pixels, more than
+    twice Pillow's limit of 89 million pixels, images so long and narrow that they would exceed that limit after
+    resizing, and sides beyond the encoding's (65,500 for jpg, 16,383 for webp).
+
     Args:
         resize: ``keep`` the size; ``center_crop`` to a square (ADM); ``short_side`` to ``image_size``, aspect
             kept; ``pad`` with black to a square.
         image_size: side in pixels; None with ``keep``.
         encoding: ``png`` and ``webp`` are lossless, ``jpg`` is not.
-        quality: ``jpg``: 1..100; ``png``: zlib level 0..9; ``webp``: effort 0..6 (files get smaller, not
+        quality: ``jpg``: 1..100; ``png``: zlib level 0..9, or -1 for runs of equal bytes only (much
+            faster for photographs, some 5 % larger); ``webp``: effort 0..6 (files get smaller, not
             better).
+        min_side: images with a shorter side are rejected.
 
     Raises:
         ValueError: an unknown word, a quality outside its range, or a size that is missing or not used.
@@ -35,6 +47,7 @@ class Recipe:
     image_size: int | None
     encoding: Encoding
     quality: int
+    min_side: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -47,12 +60,14 @@ class Recipe:
             )
         elif self.resize != "keep" and (self.image_size is None or self.image_size < 1):
             problems.append(f"resize={self.resize} needs image_size, the side in pixels; it is {self.image_size}")
-        limits = {"jpg": (1, 100), "png": (0, 9), "webp": (0, 6)}
+        limits = {"jpg": (1, 100), "png": (-1, 9), "webp": (0, 6)}
         if self.encoding not in limits:
             problems.append(f"encoding is {self.encoding!r}, must be png, jpg or webp")
         elif not limits[self.encoding][0] <= self.quality <= limits[self.encoding][1]:
             low, high = limits[self.encoding]
             problems.append(f"quality is {self.quality}, must be in {low}..{high} for {self.encoding}")
+        if self.min_side < 1:
+            problems.append(f"min_side is {self.min_side}, must be at least 1 pixel")
         if problems:
             raise ValueError("prepare: " + "; ".join(problems))
 
@@ -104,19 +119,27 @@ def encode(item: Item, recipe: Recipe) -> Encoded:
 
 def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, tuple[int, int]]:
     image = decode_image(source) if isinstance(source, bytes) else to_rgb(source)
+    if min(image.size) < recipe.min_side:
+        raise ValueError(f"{image.width}x{image.height} pixels, min_side is {recipe.min_side}")
     if recipe.resize == "keep" and isinstance(source, bytes) and _is_stored_form(source, recipe):
         return source, (image.height, image.width)  # decoded all the same: that is the check for damage
     side = recipe.image_size
     if side is not None:
+        long = max(image.size) * side // min(image.size)
+        if recipe.resize != "pad" and long * side > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels: with its short side at {side} it would have {long}")
         resize = {"center_crop": center_crop, "short_side": resize_short_side, "pad": pad_to}[recipe.resize]
         image = resize(image, side)
     buffer = io.BytesIO()
     options = {
-        "png": {"compress_level": recipe.quality},
+        "png": {"compress_level": recipe.quality} if recipe.quality >= 0 else _RUNS_ONLY,
         "jpg": {"quality": recipe.quality},
         "webp": {"lossless": True, "method": recipe.quality, "quality": 50},
     }[recipe.encoding]
-    image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
+    try:
+        image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {error}") from error
     return buffer.getvalue(), (image.height, image.width)
 
 

@@ -8,9 +8,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from smalto.data.reader import stack_pixels
 from smalto.data.shards import IMAGE_SUFFIXES
 from smalto.data.tar_stream import read_samples, shard_order, shuffled
 from smalto.data.transforms import decode_image
@@ -50,7 +52,7 @@ class ImageStream(IterableDataset):
         consumer, consumers = self._rank * workers + number, self._world_size * workers
         rng = np.random.default_rng((_MIX, self._seed, *self.start, consumer, consumers))
         order = shard_order(self._seed, self.start, len(self._urls), consumer, consumers)
-        images: list[np.ndarray] = []
+        images: list[Image.Image] = []
         labels: list[int] = []
         for data, label in shuffled(self._samples(order), self._buffer_size, rng):
             try:
@@ -59,12 +61,11 @@ class ImageStream(IterableDataset):
                 self._skip(f"an image: {error}")
                 continue
             self._read += 1
-            pixels = np.asarray(image)
-            images.append(pixels[:, ::-1] if rng.random() < self._flip_prob else pixels)
+            mirrored = rng.random() < self._flip_prob
+            images.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
             labels.append(label)
             if len(images) == self._batch_size:
-                stacked = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
-                yield {"image": torch.from_numpy(stacked), "label": torch.tensor(labels)}
+                yield {"image": torch.from_numpy(stack_pixels(images)), "label": torch.tensor(labels)}
                 images, labels = [], []
 
     def _samples(self, order: Iterator[int]) -> Iterator[tuple[bytes, int]]:

@@ -41,7 +41,7 @@ def _export(folder: Path, reader: CodeReader, name: str, first: int, crops: int,
     for index in range(len(reader)):
         codes = reader.gather(np.full(crops, index), np.arange(first, first + crops))
         np.save(unfinished / f"{name}_codes" / f"{index}.npy", codes[None])
-        np.save(unfinished / f"{name}_labels" / f"{index}.npy", reader.labels[index : index + 1])
+        np.save(unfinished / f"{name}_labels" / f"{index}.npy", reader.labels[index : index + 1].astype(np.int64))
         advance(1)
     commit(unfinished, folder)
 

@@ -232,6 +232,7 @@ def _is_dead(owner: str) -> bool:
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than this process may write",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smalto.data.shards import IMAGE_SUFFIXES, Member, split_key, tar_members
+from smalto.data.shards import IMAGE_SUFFIXES, Member, ShardFiles, split_key, tar_members
 from smalto.data.transforms import decode_image
 
 
@@ -29,8 +29,7 @@ class ImageReader:
     def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
         shards = meta["splits"].get(split, {"shards": []})["shards"]
         self._paths = [Path(path) / shard["name"] for shard in shards]
-        self._files: dict[int, int] = {}  # shard number to file descriptor, per process
-        self._pid = os.getpid()
+        self._files = ShardFiles(self._paths)
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
         self._encoding = meta["encoding"]
@@ -60,7 +59,7 @@ class ImageReader:
         """
         number, offset, size = map(int, self._places[index])
         try:
-            return decode_image(os.pread(self._descriptor(number), size, offset))
+            return decode_image(self._files.read(number, size, offset))
         except ValueError as error:
             raise ValueError(f"image {index} in {self._paths[number]} is damaged: {error}") from error
 
@@ -68,17 +67,14 @@ class ImageReader:
         """Images of equal size as uint8 (len(indices), 3, H, W)."""
         return stack_pixels([self.read(int(index)) for index in indices])
 
-    def _descriptor(self, number: int) -> int:
-        if self._pid != os.getpid():  # a forked worker opens its own
-            self._files, self._pid = {}, os.getpid()
-        if number not in self._files:
-            self._files[number] = os.open(self._paths[number], os.O_RDONLY)
-        return self._files[number]
-
 
 def stack_pixels(images: list[Image.Image]) -> np.ndarray:
     """RGB pictures of equal size as one fresh uint8 (B, 3, H, W)."""
-    return np.ascontiguousarray(np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2))
+    stacked = np.empty((len(images), 3, images[0].height, images[0].width), np.uint8)
+    for planes, image in zip(stacked, images, strict=True):
+        for plane, band in zip(planes, image.split(), strict=True):  # a third of the time of stacking and transposing
+            plane[:] = np.asarray(band)
+    return stacked
 
 
 def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int, str]]:

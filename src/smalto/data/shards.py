@@ -1,14 +1,14 @@
 """Reading what ``smalto prepare`` and ``smalto extract`` wrote: meta.json, member offsets, arrays in place.
 
 A data set is a folder of plain tar files and a ``meta.json``. Members are found once, by walking the headers;
-after that an image is one read at an offset and a block of codes is a memory map into the tar itself.
+after that an image, or the codes of one, is a single read at an offset in the tar itself.
 """
 
 import itertools
 import json
-import mmap
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -92,16 +92,16 @@ def tar_members(path: str | Path) -> Iterator[Member]:
     """
     path = Path(path)
     with path.open("rb") as file:
-        if path.stat().st_size < _BLOCK:
-            raise ValueError(f"{path} is not a tar file: it has {path.stat().st_size} bytes")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _walk_headers(data, path)
+        size = os.fstat(file.fileno()).st_size
+        if size < _BLOCK:
+            raise ValueError(f"{path} is not a tar file: it has {size} bytes")
+        yield from _walk_headers(file.fileno(), size, path)
 
 
-def _walk_headers(data: mmap.mmap, path: Path) -> Iterator[Member]:
+def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
     position, long_name = 0, None
-    while position + _BLOCK <= len(data):
-        header = data[position : position + _BLOCK]
+    while position + _BLOCK <= end:
+        header = os.pread(file, _BLOCK, position)
         if header == bytes(_BLOCK):
             return
         if header[257:262] != b"ustar":
@@ -109,18 +109,19 @@ def _walk_headers(data: mmap.mmap, path: Path) -> Iterator[Member]:
         size = int(header[124:136].rstrip(b"\0 ") or b"0", 8) if header[124] < 128 else int.from_bytes(header[125:136])
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-size // _BLOCK) * _BLOCK
-        if offset + size > len(data):
+        if offset + size > end:
             raise ValueError(f"{path} ends inside a member; it was copied or written incompletely")
         if kind == b"L":  # GNU: the content is the name of the next member
-            long_name = data[offset : offset + size].rstrip(b"\0").decode()
+            long_name = os.pread(file, size, offset).rstrip(b"\0").decode()
         elif kind == b"x":  # POSIX: the same as one of several records "length key=value"
-            found = re.search(rb"\d+ path=([^\n]+)\n", data[offset : offset + size])
+            found = re.search(rb"\d+ path=([^\n]+)\n", os.pread(file, size, offset))
             long_name = found[1].decode() if found else None
         elif kind in (b"0", b"\0"):
             prefix = header[345:500].split(b"\0", 1)[0]
             name = header[:100].split(b"\0", 1)[0]
             yield Member(long_name or (prefix + b"/" + name if prefix else name).decode(), offset, size)
             long_name = None
+    raise ValueError(f"{path} ends without tar's end mark; it was copied or written incompletely")
 
 
 def read_member(path: str | Path, member: Member) -> bytes:
@@ -128,6 +129,39 @@ def read_member(path: str | Path, member: Member) -> bytes:
     with Path(path).open("rb") as file:
         file.seek(member.offset)
         return file.read(member.size)
+
+
+class ShardFiles:
+    """Reads at any place of several files, by number; each process opens its own.
+
+    Not memory maps: the pages of a file that is read all over would count as memory of the process, up to the size of
+    the set, and the calls cost no more than the page faults.
+
+    Args:
+        paths: of the files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._files: dict[int, int] = {}  # number to descriptor
+        self._pid = os.getpid()
+
+    def descriptor(self, number: int) -> int:
+        """Of file ``number``, open in this process."""
+        if self._pid != os.getpid():  # a forked worker opens its own
+            self._files, self._pid = {}, os.getpid()
+        if number not in self._files:
+            self._files[number] = os.open(self.paths[number], os.O_RDONLY)
+        return self._files[number]
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """``size`` bytes from ``offset`` of file ``number``; fewer only where the file ends."""
+        return os.pread(self.descriptor(number), size, offset)
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            for descriptor in self._files.values():
+                os.close(descriptor)
 
 
 def map_member(path: str | Path, member: Member) -> np.memmap:

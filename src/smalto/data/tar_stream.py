@@ -15,6 +15,7 @@ from smalto.data.shards import split_key
 
 T = TypeVar("T")
 
+_BLOCK = 512  # tar's unit
 TIMEOUT = 60  # seconds without a byte from a server
 _PASS = 3  # keeps the order of shards apart from other random numbers
 
@@ -64,6 +65,24 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
             yield file
 
 
+class _Tail:
+    """A stream that remembers how it began and ended: tarfile takes one cut between members for a whole one."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._head = self._tail = b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._head = self._head or data[:_BLOCK]
+        self._tail = (self._tail + data)[-_BLOCK:]
+        return data
+
+    def is_cut(self) -> bool:
+        """Whether this is a plain tar without its end mark; compressed ones notice themselves."""
+        return self._head[257:262] == b"ustar" and self._tail.strip(b"\0") != b""
+
+
 def read_samples(url: str) -> Iterator[dict[str, bytes]]:
     """Samples of a shard, plain or compressed: ``{suffix: content}``; members of one key follow each other.
 
@@ -71,9 +90,14 @@ def read_samples(url: str) -> Iterator[dict[str, bytes]]:
         OSError: not readable to its end.
         tarfile.TarError: damaged.
     """
+    with open_shard(url) as stream:
+        yield from _samples(_Tail(stream), url)
+
+
+def _samples(stream: _Tail, url: str) -> Iterator[dict[str, bytes]]:
     sample: dict[str, bytes] = {}
     last = None
-    with open_shard(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:  # type: ignore[call-overload]
         for member in tar:
             if not member.isfile():
                 continue
@@ -85,6 +109,8 @@ def read_samples(url: str) -> Iterator[dict[str, bytes]]:
             content = tar.extractfile(member)
             assert content is not None
             sample[suffix] = content.read()
+    if stream.is_cut():
+        raise OSError(f"{url} ends without tar's end mark")
     if sample:
         yield sample
 

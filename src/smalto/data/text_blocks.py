@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from smalto.data.shards import map_member, tar_members
+from smalto.data.shards import ShardFiles, map_member, tar_members
 
 TEXT, LENGTH = "text.npy", "text_length.npy"
 """Suffixes of the members: float16 (sum of lengths, C) and int32 (n,)."""
@@ -57,7 +57,7 @@ def text_dim(path: Path, splits: dict[str, Any]) -> int:
 
 
 class TextReader:
-    """Text features of one split by image number, mapped like the codes.
+    """Text features of one split by image number, read in place like the codes.
 
     Args:
         path: folder of code shards.
@@ -74,22 +74,24 @@ class TextReader:
                 f"{path} holds no text features; run smalto extract with text=FOLDER, or set data.condition=label"
             )
         self.dim: int = meta["text"]["dim"]
-        self._blocks: list[np.ndarray] = []
-        lengths: list[np.ndarray] = []
         shards = meta["splits"].get(split, {"shards": []})["shards"]
-        for file in (Path(path) / shard["name"] for shard in shards):
+        self._files = ShardFiles([Path(path) / shard["name"] for shard in shards])
+        blocks: list[tuple[int, int, int]] = []  # shard, offset, tokens
+        lengths: list[np.ndarray] = []
+        for number, file in enumerate(self._files.paths):
             for member in tar_members(file):
                 if member.name.endswith("." + LENGTH):
                     lengths.append(np.array(map_member(file, member)))
                 elif member.name.endswith("." + TEXT):
-                    self._blocks.append(map_member(file, member))
-        self._block = np.repeat(np.arange(len(lengths)), [len(block) for block in lengths])
+                    block = map_member(file, member)
+                    blocks.append((number, block.offset, len(block)))
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        self._shard, self._offset, totals = np.array(blocks, np.int64).reshape(-1, 3).T
+        self._block = np.repeat(np.arange(len(lengths)), [len(block) for block in lengths])
         starts = [np.cumsum(block) - block for block in lengths]
         self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
-        totals = [(len(block), int(length.sum())) for block, length in zip(self._blocks, lengths, strict=True)]
         expected = sum(shard["num_images"] for shard in shards)
-        if len(self._lengths) != expected or any(rows != total for rows, total in totals):
+        if len(self._lengths) != expected or totals.tolist() != [int(block.sum()) for block in lengths]:
             raise ValueError(
                 f"the text features of {split} in {path} do not match its {expected} images; "
                 "extract them again with overwrite=true"
@@ -103,7 +105,9 @@ class TextReader:
         text = np.zeros((len(indices), num_tokens, self.dim), np.float32)
         mask = np.zeros((len(indices), num_tokens), bool)
         for row, index in enumerate(indices):
-            length, start = min(int(self._lengths[index]), num_tokens), int(self._start[index])
-            text[row, num_tokens - length :] = self._blocks[self._block[index]][start : start + length]
+            block, length = self._block[index], min(int(self._lengths[index]), num_tokens)
+            offset = int(self._offset[block] + 2 * self.dim * self._start[index])
+            data = self._files.read(int(self._shard[block]), 2 * self.dim * length, offset)
+            text[row, num_tokens - length :] = np.frombuffer(data, np.float16).reshape(length, self.dim)
             mask[row, num_tokens - length :] = True
         return text, mask

@@ -1,0 +1,174 @@
+"""``smalto inspect``: what is in a folder of shards or codes, in a checkpoint, in a run, and whether it is whole."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from smalto.analysis.shard_facts import Facts, code_facts, code_statistics, image_facts, label_statistics
+from smalto.callbacks.checkpoint import newest_checkpoint, step_checkpoints
+from smalto.data.codes import CodeReader
+from smalto.data.health import shard_meta, shard_problems
+from smalto.data.reader import ImageReader
+from smalto.data.shards import CODES
+from smalto.data.transforms import center_crop, to_uint8
+from smalto.runtime import hydra_main
+from smalto.sampling.sheet import image_sheet
+from smalto.tasks.checkpoint import CONFIG_KEY, EMA_KEY, load_tokenizer, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> Facts:
+    """Show what is at ``path``; the facts by name.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: nothing of smalto's, or something of it is damaged (said after the table).
+    """
+    path = Path(config.path)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {path}; give a folder of shards or codes, a checkpoint, or a run folder")
+    meta = shard_meta(path)
+    picture: Tensor | None = None
+    if meta is not None:
+        problems = shard_problems(path, meta, verify=config.verify)
+        facts = code_facts(path, meta) if meta["format"] == CODES else image_facts(path, meta)
+        if not problems:
+            facts |= code_statistics(path, meta) if meta["format"] == CODES else label_statistics(path, meta)
+            picture = (
+                decoded_codes(config, path, meta) if meta["format"] == CODES else stored_images(config, path, meta)
+            )
+        checked = "every hash" if config.verify else "names and sizes (verify=true compares hashes)"
+    elif path.is_file():
+        facts, problems = checkpoint_facts(path, verify=config.verify)
+        checked = "every weight is a finite number" if config.verify else "readable (verify=true reads all weights)"
+    elif (path / "config.yaml").is_file():
+        facts, problems = run_facts(path)
+        checked = "checkpoints are whole files"
+    else:
+        begun = " (it holds an unfinished job: run the same command again)" if (path / "plan.json").exists() else ""
+        raise ValueError(f"{path} is neither a finished set of shards or codes nor a run folder{begun}")
+    facts["health"] = "; ".join(problems) if problems else f"good, checked: {checked}"
+    if picture is not None:
+        out = Path(config.picture or f"{config.paths.outputs}/inspect/{path.resolve().name}.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        image_sheet(picture, columns=config.columns).save(out)
+        facts["picture"] = str(out)
+    show(facts, title=f"{path}")
+    if problems:
+        raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
+    return facts
+
+
+def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
+    """Of a checkpoint file; problems: weights that are no finite numbers, with ``verify``."""
+    checkpoint = read_checkpoint(path)
+    about, state = checkpoint[CONFIG_KEY], checkpoint["state_dict"]
+    sizes: dict[str, int] = {}
+    for name, tensor in state.items():
+        sizes[name.split(".")[0]] = sizes.get(name.split(".")[0], 0) + tensor.numel()
+    averaged = EMA_KEY in checkpoint.get("callbacks", {})
+    facts = {
+        "what": f"checkpoint of a {about['kind']}",
+        "file": f"{path.stat().st_size / 2**20:,.1f} MiB, smalto {about['version']}",
+        "step": checkpoint.get("global_step"),
+        "epoch": checkpoint.get("epoch"),
+        "averaged weights": "yes" if averaged else "no",
+        "optimizer": "yes, training can go on" if checkpoint.get("optimizer_states") else "no",
+        "classes": len(about.get("classes") or []),
+        "network": json.dumps(_plain_options(about["config"]["task"]["net"])),
+        "parameters and buffers": {name: f"{count:,}" for name, count in sizes.items()},
+    }
+    if "data" in about["config"]:
+        facts["data"] = str(about["config"]["data"].get("path", about["config"]["data"].get("_target_")))
+    problems = []
+    if verify:
+        broken = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        facts["SHA-256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        problems = [f"{len(broken)} tensors hold NaN or infinity, the first is {broken[0]}"] if broken else []
+    return facts, problems
+
+
+def run_facts(path: Path) -> tuple[Facts, list[str]]:
+    """Of a run folder; problems: checkpoints cut short."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    origin = path / "provenance.json"
+    metrics = path / "metrics.json"
+    checkpoints = step_checkpoints(path / "checkpoints")
+    newest = newest_checkpoint(path / "checkpoints")
+    facts: Facts = {
+        "what": f"run of {config.get('name')}, task {config.get('kind')}",
+        "state": "finished" if metrics.exists() else "unfinished; the same command, or make resume, goes on",
+        "checkpoints": ", ".join(p.name for p in checkpoints) or "none",
+        "newest": str(newest),
+        "data": str(config["data"].get("path", config["data"].get("_target_"))),
+        "batch size": config["data"].get("batch_size"),
+    }
+    if origin.exists():
+        written = json.loads(origin.read_text())
+        facts |= {"commit": written.get("commit"), "command": written.get("command")}
+    if metrics.exists():
+        facts["metrics"] = {key: f"{value:.4g}" for key, value in json.loads(metrics.read_text()).items()}
+    damaged = [p.name for p in checkpoints if newest is None or p.name > newest.name]
+    return facts, [f"{name} is cut short" for name in damaged]
+
+
+def stored_images(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tensor | None:
+    """The first images, as squares: uint8 (N, 3, S, S)."""
+    split = "train" if "train" in meta["splits"] else next(iter(meta["splits"]))
+    reader = ImageReader(path, meta, split)
+    images = [reader.read(i) for i in range(min(config.num_images, len(reader)))]
+    if not images:
+        return None
+    size = min(config.image_size, max(max(image.size) for image in images))
+    pixels = np.stack([np.asarray(center_crop(image, size)) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def decoded_codes(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tensor | None:
+    """The first images as the tokenizer rebuilds them from their codes; None when it is not at hand."""
+    file = Path(config.tokenizer_ckpt or meta["tokenizer"]["path"])
+    if not file.is_file():
+        log.info("no picture: the tokenizer %s is not there; give tokenizer_ckpt=PATH", file)
+        return None
+    loaded = load_tokenizer(file, image_size=meta["image_size"])
+    if loaded.fingerprint != meta["tokenizer"]["fingerprint"]:
+        log.warning("no picture: %s has other weights than those that wrote the codes; give tokenizer_ckpt=PATH", file)
+        return None
+    reader = CodeReader(path, meta, "train" if "train" in meta["splits"] else next(iter(meta["splits"])))
+    indices = np.arange(min(config.num_images, len(reader)))
+    codes = torch.from_numpy(reader.gather(indices, np.zeros(len(indices), np.int64)))
+    return to_uint8(torch.cat([loaded.tokenizer.decode(part) for part in codes.split(16)]))
+
+
+def show(facts: Facts, *, title: str) -> None:
+    """The table, to stdout."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for number, (key, entry) in enumerate(value.items()):
+                table.add_row(name if number == 0 else "", f"{key}: {entry}")
+        else:
+            table.add_row(name, str(value))
+    Console(soft_wrap=True).print(table, highlight=False)
+
+
+def _plain_options(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if not key.startswith("_") and not isinstance(value, dict)}
+
+
+main = hydra_main("inspect")(run)
+
+if __name__ == "__main__":
+    main()
