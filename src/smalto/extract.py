@@ -21,7 +21,7 @@ from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, META, read_meta
 from smalto.data.text_blocks import text_dim
-from smalto.runtime import hydra_main, wanted_device
+from smalto.runtime import hydra_main, record_summary, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.types import ReadyTokenizer
 
@@ -50,6 +50,8 @@ def _export(config: DictConfig, summary: dict[str, Any]) -> dict[str, Any]:
     if config.to_npy is not None and Ranks().first:
         summary["npy"] = [str(folder) for folder in export_npy(config.out, config.to_npy)]
         log.info("the same codes in the authors' layout: %s", ", ".join(summary["npy"]))
+    if Ranks().first:
+        record_summary(config, "extract", summary)
     return summary
 
 

@@ -18,7 +18,7 @@ from smalto.data.pool import available_cpus
 from smalto.data.shards import IMAGES
 from smalto.data.sources import Source
 from smalto.data.splits import listing, plan_splits
-from smalto.runtime import build, hydra_main
+from smalto.runtime import build, hydra_main, record_summary
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ DEFAULT_QUALITY = {"jpg": 95, "png": -1, "webp": 0}  # above, png and webp cost 
 def run(config: DictConfig) -> dict[str, Any]:
     """Prepare what ``config`` (conf/prepare.yaml) asks for; the summary of ``prepare_images``."""
     quality = DEFAULT_QUALITY.get(config.encoding, 0) if config.quality is None else config.quality
-    return prepare_images(
+    summary = prepare_images(
         build(config.source),
         out=config.out,
         recipe=Recipe(config.resize, config.image_size, config.encoding, quality, config.min_side),
@@ -44,6 +44,8 @@ def run(config: DictConfig) -> dict[str, Any]:
         description=OmegaConf.to_container(config.source, resolve=True),
         command=shlex.join(["smalto", "prepare", *(a for a in sys.argv[1:] if "=" in a)]),
     )
+    record_summary(config, "prepare", summary)
+    return summary
 
 
 def prepare_images(

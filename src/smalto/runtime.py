@@ -173,3 +173,13 @@ def record(
         tags={"commit": git_commit(), "smalto": __version__, "command": " ".join(sys.argv)},
         artifacts=artifacts,
     )
+
+
+def record_summary(config: DictConfig, verb: str, summary: dict[str, Any]) -> None:
+    """Log a data set that was just written: its counts as metrics, all settings as parameters."""
+    if summary["status"] != "written":
+        return
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    counts = {key: float(value) for key, value in summary.items() if isinstance(value, int)}
+    meta = Path(summary["out"]) / "meta.json"
+    record(config, experiment=verb, params=plain, metrics=counts, artifacts=[meta])
