@@ -102,9 +102,7 @@ sweep-scaling: $(READY) ## laptop-sized generators of growing size on the demo's
 # --- using what was trained ---------------------------------------------------------------------------
 
 resume: $(READY) ## RUN=outputs/...: continue a run with its own config
-	@test -f "$(RUN)/config.yaml" || { echo "give RUN=, the folder of a run (it holds config.yaml)"; exit 1; }
-	$(SMALTO) train --config-path=$(abspath $(RUN)) --config-name=config hydra.run.dir=. hydra.output_subdir=null \
-	  hydra/job_logging=none $(ARGS)
+	$(SMALTO) resume $(RUN)
 
 sample: $(READY) ## CKPT=...: sheet, pictures, npz
 	$(SMALTO) sample ckpt=$(CKPT) $(ARGS)

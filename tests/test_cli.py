@@ -122,6 +122,15 @@ def test_sweep_runs_two_jobs_in_two_folders(home):
     assert len(losses) == 2
 
 
+def test_resume_continues_a_run_by_its_folder_alone(home):
+    folder = home / "outputs/demo/gpt"
+    before = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").unlink()
+    smalto(home, "resume", str(folder))
+    assert json.loads((folder / "metrics.json").read_text())["val/loss"] == before["val/loss"]
+    assert "config.yaml" in smalto(home, "resume", str(home), code=1)
+
+
 def test_mlflow_holds_every_run_of_the_chain(home):
     from smalto.analysis.runs import runs_table
 

@@ -325,7 +325,15 @@ def test_all_wrong_settings_are_told_at_once(tmp_path):
 
 def test_command_with_its_config(tmp_path):
     out = tmp_path / "fashion"
-    overrides = [f"out={out}", "resize=pad", "image_size=32", "limit=50", "workers=0", "val_fraction=0.5", "mlflow=false"]
+    overrides = [
+        f"out={out}",
+        "resize=pad",
+        "image_size=32",
+        "limit=50",
+        "workers=0",
+        "val_fraction=0.5",
+        "mlflow=false",
+    ]
     summary = run(compose("prepare", overrides))
     assert summary["num_train"] + summary["num_val"] == 50
     meta = read_meta(out, IMAGES)

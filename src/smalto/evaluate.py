@@ -124,7 +124,7 @@ def evaluate_tokenizer(config: DictConfig, loaded: LoadedTask, images: ImageShar
     psnr, ssim = PSNR().to(task.device), SSIM(data_range=config.ssim_data_range).to(task.device)
     usage = CodebookUsage(codebook_size=task.codebook_size).to(task.device)
     suite = GenerationMetrics(features=build(config.features), kind="reconstruction").to(task.device)
-    perceptual = build(config.perceptual)().to(task.device) if config.perceptual else None
+    perceptual = build(config.perceptual)().to(task.device).eval() if config.perceptual else None
     resized = config.eval_size not in (None, images.image_size)
     # PSNR and SSIM compare with the resized image, rFID with images cropped at that size, as the authors do.
     originals = iter(reference_images(config, loaded, size=config.eval_size).val_dataloader() if resized else ())

@@ -1,0 +1,45 @@
+"""``smalto resume RUN``: continue a training run by the config in its own folder."""
+
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from smalto import train
+from smalto.runtime import USER_ERRORS, fail, mark_launch, setup_logging
+
+
+def run(folder: Path) -> dict[str, float]:
+    """Go on with the run in ``folder``; returns its final metrics.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: the folder was moved: its config and checkpoints name the old place.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} is not the folder of a run (it holds no config.yaml); give one of outputs/")
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    if Path(config.run_dir).resolve() != folder.resolve():
+        raise ValueError(f"{folder} was made as {config.run_dir}; move it back there to continue it")
+    return train.run(config)
+
+
+def main() -> None:
+    """The command."""
+    mark_launch()
+    setup_logging()
+    try:
+        if len(sys.argv) != 2:
+            raise ValueError("give one folder of a run: smalto resume outputs/...")
+        run(Path(sys.argv[1]))
+    except (*USER_ERRORS, KeyboardInterrupt) as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        fail("resume", error)
+
+
+if __name__ == "__main__":
+    main()
