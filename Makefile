@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export SMALTO_LAUNCHED_AT := $(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit smoke format mlflow clean resume sample evaluate \
+.PHONY: help setup demo test check unit smoke format mlflow notebooks clean resume sample evaluate \
 	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl ablate-tokenizer sweep-scaling
 
 help: ## this list
@@ -109,6 +109,9 @@ sample: $(READY) ## CKPT=...: sheet, pictures, npz
 
 evaluate: $(READY) ## CKPT=...: table of metrics
 	$(SMALTO) evaluate ckpt=$(CKPT) $(ARGS)
+
+notebooks: $(READY) ## run the notebooks, on your runs in MLflow if there are enough of them, else on bundled numbers
+	$(PY) -m pytest --nbmake --nbmake-timeout=120 notebooks
 
 mlflow: $(READY) ## web page of all runs, on port 5000
 	$(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db --port 5000 $(ARGS)
