@@ -103,6 +103,12 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_same_call_goes_on(tmp_pat
         assert again[key] == whole[key], f"{key} differs after an interruption"
 
 
+def test_ckpt_path_last_is_the_newest_of_the_run(tmp_path):
+    first = train.run(config(tmp_path / "run", "ckpt_path=last"))
+    (tmp_path / "run/metrics.json").unlink()
+    assert train.run(config(tmp_path / "run", "ckpt_path=last"))["val/loss"] == first["val/loss"]
+
+
 def test_resuming_by_the_run_folders_own_config(tmp_path):
     from omegaconf import OmegaConf
 

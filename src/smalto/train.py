@@ -49,7 +49,9 @@ def run(config: DictConfig) -> dict[str, float]:
         default_root_dir=str(folder),
         enable_checkpointing=saves,
     )
-    checkpoint = newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] is None else plain["ckpt_path"]
+    checkpoint = (
+        newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] in (None, "last") else plain["ckpt_path"]
+    )
     if checkpoint:
         log.info("continuing from %s", checkpoint)
     elif plain["init_from"] is not None:

@@ -13,6 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from smalto.data.write import commit
+
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
@@ -109,7 +111,10 @@ class LatestCheckpoint(Checkpoint):
                 "command again to go on"
             ) from error
         if trainer.is_global_zero:
-            unfinished.replace(path)
+            # On the disk before the older one goes: a power cut leaves one of the two whole.
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            commit(unfinished, path)
             link = self.folder / f"last{UNFINISHED}"
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
