@@ -5,14 +5,17 @@
 
 import ast
 import json
+from functools import partial
 
 import matplotlib as mpl
 import pytest
 
+from smalto.analysis import damage_study
 from smalto.analysis.shown import project_folder, read_csv
 
 FOLDER = project_folder() / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+OF_RUNS = [path for path in NOTEBOOKS if "shown(" in path.read_text()]
 FILES = sorted((FOLDER / "data").glob("*.csv"))
 
 
@@ -37,8 +40,9 @@ def run(path, monkeypatch, capsys) -> str:
     return said
 
 
-def test_there_are_three():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+def test_there_are_four():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+    assert [path.name[:2] for path in OF_RUNS] == ["01", "02", "03"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -70,7 +74,23 @@ def test_notebooks_run_on_the_bundled_files(path, monkeypatch, capsys, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: path.stem)
 def test_notebooks_run_on_recorded_runs(path, store_uri, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri)
     assert "MLflow: " in run(path, monkeypatch, capsys)
+
+
+def test_the_study_of_damage_makes_its_own_file(monkeypatch, tmp_path):
+    (tmp_path / "notebooks" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(damage_study, "study", partial(damage_study.study, levels={"blur": (2,)}))
+    settings, remake, *_ = code_cells(FOLDER / "04_metrics_under_damage.ipynb")
+    switched = settings.replace("REMAKE, NUM_IMAGES = False, 500", "REMAKE, NUM_IMAGES = True, 4")
+    assert switched != settings
+    namespace: dict[str, object] = {}
+    exec(switched, namespace)
+    exec(remake, namespace)
+    made, origin = read_csv(tmp_path / "notebooks" / "data" / "damage_study.csv")
+    assert made["level"].tolist() == [0, 2]
+    assert "NUM_IMAGES = 4:" in origin
+    assert list(made.columns) == list(read_csv(FOLDER / "data" / "damage_study.csv")[0].columns)
