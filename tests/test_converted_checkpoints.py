@@ -88,15 +88,21 @@ def test_extract(home, tokenizer, images):
 
 
 def test_measure_a_tokenizer(tokenizer, images):
-    values = measured(tokenizer, f"images={images}")
+    values = measured(tokenizer, f"reference={images}")
     assert {"psnr", "ssim", "codebook_usage", "rfid_lite0_32"} <= values.keys()
-    with pytest.raises(ValueError, match=r"vq\.safetensors knows of no reference images; give images=FOLDER"):
+    with pytest.raises(ValueError, match=r"vq\.safetensors knows of no reference images; give reference=IMAGES"):
         measured(tokenizer)
 
 
 def test_measure_at_the_papers_size(home, tokenizer, images):
     """PSNR of reconstructions and images that were both resized as the authors do it, before rounding."""
-    values = measured(tokenizer, f"images={images}", "eval_size=16", "rounding=truncate", f"out={home / 'small.json'}")
+    values = measured(
+        tokenizer,
+        f"reference={images}",
+        "protocol.eval_size=16",
+        "protocol.rounding=truncate",
+        f"out={home / 'small.json'}",
+    )
     data = ImageShards(
         path=images, image_size=32, batch_size=4, augment="none", flip_prob=0.0, num_workers=0, seed=0, val_batch_size=4
     )
@@ -120,7 +126,7 @@ def test_sample_and_measure_a_generator(home, generator, images):
     assert np.load(out["npz"])["arr_0"].shape == (4, 16, 16, 3)
     large = sample.run(compose("sample", [f"ckpt={generator}", *options, "eval_size=32", f"out={home / 'large'}"]))
     assert np.load(large["npz"])["arr_0"].shape == (4, 32, 32, 3)
-    values = measured(generator, f"images={images}", "num_samples=10", "eval_size=32", "batch_size=10")
+    values = measured(generator, f"reference={images}", "num_samples=10", "protocol.eval_size=32", "batch_size=10")
     assert "fid_lite0_32" in values
     assert "loss" not in values, "which codes it was trained on is not known"
 
@@ -128,7 +134,7 @@ def test_sample_and_measure_a_generator(home, generator, images):
 def test_a_generator_without_a_tokenizer_says_so(home, images):
     ckpt = converted(home, "alone.ckpt", tiny_gpt(classes=10), "image_size=16", "num_heads=2", "downsample_factor=2")
     with pytest.raises(ValueError, match="tokenizer_ckpt=PATH"):
-        measured(ckpt, f"images={images}", "num_samples=10")
+        measured(ckpt, f"reference={images}", "num_samples=10")
 
 
 def test_text_generators_are_refused_by_sample(home):

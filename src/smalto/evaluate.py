@@ -1,113 +1,347 @@
-"""``smalto evaluate``: a checkpoint to a table of metrics, on screen, as JSON and in MLflow."""
+"""``smalto evaluate``: a checkpoint or images to a table of metrics, on screen, as JSON and in MLflow."""
 
+import hashlib
 import json
 import logging
-import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from smalto.data.images import ImageShards
-from smalto.data.progress import progress
-from smalto.data.transforms import to_float, to_pixels
+from smalto.data.picture_sets import open_pictures
+from smalto.data.ranks import Ranks
+from smalto.data.transforms import to_pixels
 from smalto.data.write import write_json
-from smalto.metrics.codebook import CodebookUsage, position_counts, unigram_entropy, unigram_nll
-from smalto.metrics.image import PSNR, SSIM
+from smalto.evaluation.generator import SampleRows, measure_generator
+from smalto.evaluation.pairs import from_sets, from_tokenizer, measure_pairs
+from smalto.evaluation.references import describe, find_reference
+from smalto.evaluation.report import Measured, flat, show
+from smalto.evaluation.samples import from_pictures, settings_grid
+from smalto.metrics.features import FeatureExtractor
+from smalto.metrics.reconstruction import ReconstructionMetrics
+from smalto.metrics.reference import Kind, Reference
+from smalto.metrics.rules import Rules
+from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
-from smalto.sampling.requests import balanced_labels, image_seeds
+from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import LoadedTask, load_task
 from smalto.tasks.targets import check_targets
 
 log = logging.getLogger(__name__)
 
+GRID = {"guidance_scales": "cfg_scale", "top_ks": "top_k", "top_ps": "top_p", "temperatures": "temperature"}
+"""Lists of the command, and the fields of `SamplingConfig` they are of."""
+
 
 def run(config: DictConfig) -> dict[str, float]:
-    """Measure ``ckpt``: a tokenizer by its reconstructions, a generator by its samples and its loss.
+    """Measure ``ckpt`` or ``samples`` against ``reference``; with neither, measure and keep the reference.
+
+    Started by ``torchrun`` all processes share the work. What an interrupted evaluation finished is kept.
 
     Raises:
-        ValueError: no images to compare with, settings out of range.
+        ValueError: nothing to measure or to compare with, settings out of range, a reference of the wrong kind.
+        FileNotFoundError: a path that is not there.
     """
-    protocol = requested(config)
-    loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
-    out = Path(config.out or results_folder(config.ckpt) / f"evaluation_step{loaded.step}.json")
-    known = json.loads(out.read_text()) if out.exists() else {}
-    if known.get("requested") == protocol and not config.overwrite:
-        log.info("measured already, the table is from %s (overwrite=true measures again)", out)
-        show(known["metrics"], known["protocol"])
-        return known["metrics"]
-    loaded.task.to(wanted_device(config.device))
-    loaded.task.to_pixels = partial(to_pixels, size=config.eval_size, rounding=config.rounding)
-    images = reference_images(config, loaded, size=config.eval_size if loaded.kind == "gpt" else None)
-    measure = evaluate_tokenizer if loaded.kind == "tokenizer" else evaluate_generator
-    values = measure(config, loaded, images)
-    found = {
-        "ckpt": str(config.ckpt),
-        "step": loaded.step,
-        "ema": config.ema,
-        "reference": f"{images.path}, {images.num_val} validation images",
-        "eval_size": config.eval_size or images.image_size,
-        "features": next((key.split("_", 1)[1] for key in values if key.startswith(("fid_", "rfid_"))), None),
+    check(config)
+    loaded = None
+    if config.ckpt is not None:
+        loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+    with Ranks() as ranks:
+        job = Job(config, ranks, loaded, requested(config))
+        known = json.loads(job.out.read_text()) if job.out.exists() else {}
+        if known.get("requested") == job.requested and not config.overwrite:
+            rows = [Measured.from_plain(row) for row in known["rows"]]
+            log.info("measured already, the table is from %s (overwrite=true measures again)", job.out)
+        else:
+            ranks.wait()  # nobody looks for the result after the first has written it
+            rows = measure(job)
+            known = {"protocol": job.protocol}
+            if ranks.first:
+                keep(job, rows)
+        if ranks.first:
+            show(rows, known["protocol"])
+    return flat(rows)
+
+
+def check(config: DictConfig) -> None:
+    """Refuse contradictory requests before anything is loaded; all problems at once."""
+    problems = []
+    if config.ckpt is not None and config.samples is not None:
+        problems.append("ckpt and samples are both given; measure one at a time")
+    if config.ckpt is None and config.reference is None:
+        problems.append("nothing to measure: give ckpt=CHECKPOINT, or samples=IMAGES reference=IMAGES")
+    if config.kind not in (None, "generation", "reconstruction"):
+        problems.append(f"kind is {config.kind!r}, must be generation or reconstruction, or null for the usual one")
+    if config.kind is not None and config.ckpt is not None:
+        problems.append("kind is for samples=; a checkpoint says itself what it is")
+    if config.protocol.labels not in ("balanced", "random"):
+        problems.append(f"protocol.labels is {config.protocol.labels!r}, must be balanced or random")
+    if config.reference_split not in ("train", "val"):
+        problems.append(f"reference_split is {config.reference_split!r}, must be train or val")
+    if config.batch_size < 1:
+        problems.append(f"batch_size is {config.batch_size}, must be at least 1")
+    if min(counts(config)) < 2:
+        problems.append(f"num_samples is {config.num_samples}, every count must be at least 2")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
+    """Numbers of samples to measure at, ascending; of ``at_hand`` finished images all, if nothing else is asked for."""
+    wanted = config.num_samples
+    if wanted is None:
+        wanted = at_hand if at_hand and not config.protocol.published else config.protocol.num_samples
+    return sorted(wanted) if isinstance(wanted, ListConfig) else [wanted]
+
+
+@dataclass
+class Job:
+    """One evaluation on its way.
+
+    Args:
+        config: of the command.
+        ranks: the processes.
+        loaded: the checkpoint; None for images made elsewhere.
+        requested: everything that decides the numbers.
+        protocol: the same for people, filled while measuring.
+    """
+
+    config: DictConfig
+    ranks: Ranks
+    loaded: LoadedTask | None
+    requested: dict[str, Any]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """What is compared with what, see `Reference`."""
+        if self.loaded is not None:
+            return "generation" if self.loaded.kind == "gpt" else "reconstruction"
+        return self.config.kind or "generation"
+
+    @property
+    def name(self) -> str:
+        """Of the MLflow experiment."""
+        what = self.loaded.kind if self.loaded else "samples" if self.config.samples else "reference"
+        return f"evaluate_{what}"
+
+    @property
+    def key(self) -> str:
+        """Of the numbers: two evaluations of one thing by two protocols stand side by side."""
+        return hashlib.sha256(json.dumps(self.requested, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def out(self) -> Path:
+        """The JSON file."""
+        config = self.config
+        if config.out:
+            return Path(config.out)
+        if self.loaded is not None:
+            return results_folder(config.ckpt) / f"evaluation_step{self.loaded.step}_{self.key}.json"
+        return (
+            Path(config.paths.outputs)
+            / "evaluations"
+            / f"{Path(config.samples or config.reference).stem}_{self.key}.json"
+        )
+
+    @property
+    def part_dir(self) -> Path:
+        """For what is finished before the whole is."""
+        return self.out.with_name(f"{self.out.stem}.part-{self.key}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process works."""
+        wanted = wanted_device(self.config.device)
+        return (
+            torch.device("cuda", self.ranks.local_rank)
+            if wanted.type == "cuda" and self.ranks.world_size > 1
+            else wanted
+        )
+
+    @property
+    def save(self) -> Path | None:
+        """Folder for the images that are measured."""
+        return Path(self.config.save) if self.config.save else None
+
+
+def measure(job: Job) -> list[Measured]:
+    """All rows; other ranks than the first may get none."""
+    config, loaded = job.config, job.loaded
+    features: FeatureExtractor = build(config.features).to(job.device)
+    job.protocol |= {"protocol": config.protocol.name, "features": features.name}
+    if loaded is not None:
+        loaded.task.to(job.device)
+        size, rounding = config.protocol.eval_size, config.protocol.rounding
+        loaded.task.to_pixels = partial(to_pixels, size=size, rounding=rounding)
+        job.protocol |= {"ckpt": str(config.ckpt), "step": loaded.step, "ema": config.ema, "rounding": rounding}
+        job.protocol["eval_size"] = size or decoder(loaded).image_size
+    elif config.samples is not None:
+        job.protocol["samples"] = str(config.samples)
+    path, size = reference_images(job)
+    reference = find_reference(
+        path,
+        features=features,
+        kind=job.kind,
+        rules=build(config.protocol.rules),
+        cache_dir=config.paths.references,
+        image_size=config.protocol.eval_size or size,
+        split=config.reference_split,
+        limit=config.reference_limit,
+        batch_size=config.batch_size,
+        rank=job.ranks.rank,
+        world_size=job.ranks.world_size,
+    )
+    job.protocol |= describe(reference)
+    if loaded is None and config.samples is None:
+        return [Measured(Scores(values={"reference_images": float(reference.gaussian.n or 0)}))]
+    if job.kind == "reconstruction":
+        return [Measured(measure_reconstructions(job, reference, features, path, size))]
+    return measure_generation(job, reference, features)
+
+
+def measure_reconstructions(
+    job: Job, reference: Reference, features: FeatureExtractor, path: Path, size: int | None
+) -> Scores:
+    """PSNR, SSIM, LPIPS, rFID and codebook usage of a tokenizer, or of two sets that belong together."""
+    config, loaded = job.config, job.loaded
+    originals = open_pictures(path, image_size=size, split=config.reference_split)
+    count = min(config.reference_limit or len(originals), len(originals))
+    pairs = (
+        from_sets(originals, open_pictures(config.samples, image_size=config.image_size))
+        if loaded is None
+        else from_tokenizer(loaded.task, originals)
+    )
+    perceptual = build(config.perceptual)().to(job.device).eval() if config.perceptual else None
+    metrics = ReconstructionMetrics(
+        features=features,
+        perceptual=perceptual,
+        perceptual_name=getattr(perceptual, "name", "lpips"),
+        codebook_size=None if loaded is None else loaded.task.codebook_size,
+        ssim_data_range=config.protocol.ssim_data_range,
+        reference=reference,
+    ).to(job.device)
+    job.protocol["ssim_data_range"] = config.protocol.ssim_data_range
+    return measure_pairs(
+        pairs,
+        count=count,
+        metrics=metrics,
+        part_file=job.part_dir / "pairs",
+        batch_size=config.batch_size,
+        ranks=job.ranks,
+        keep=None if job.save is None or loaded is None else pair_writer(job.save),
+    )
+
+
+def measure_generation(job: Job, reference: Reference, features: FeatureExtractor) -> list[Measured]:
+    """FID, sFID, IS, KID, precision, recall and more of a generator, or of images made elsewhere."""
+    config, loaded = job.config, job.loaded
+    rules: Rules = build(config.protocol.rules)
+    job.protocol |= {
+        "is_rule": f"splits of {rules.split_size} in sample order, remainder {rules.split_remainder}",
+        "precision_recall": f"k={rules.num_neighbours}, {rules.distance_dtype}, {len(reference.pool)} real features",
+        "kid_rule": f"{rules.kid_subsets} subsets of {rules.kid_subset_size}",
     }
+    wanted, classes = counts(config), None
+    if loaded is not None:
+        classes = getattr(loaded.task.net.conditioner, "num_classes", None)
+        if classes is None:
+            raise ValueError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
+    else:
+        pictures = open_pictures(config.samples, image_size=config.image_size)
+        wanted = counts(config, len(pictures))
+        if max(wanted) > len(pictures):
+            raise ValueError(
+                f"{config.samples} holds {len(pictures)} images, {max(wanted)} are needed (num_samples, or protocol="
+                f"{config.protocol.name}); FID depends on the number, so fewer are not taken silently: give num_samples"
+            )
+    if len(wanted) == 1:
+        job.protocol["num_samples"] = wanted[0]
+    rows = SampleRows(
+        suite=GenerationMetrics(
+            features=features, reference=reference, num_classes=classes, rules=rules, distributed=False
+        ).to(job.device),
+        counts=wanted,
+        part_dir=job.part_dir,
+        batch_size=config.batch_size,
+        ranks=job.ranks,
+        save=None if loaded is None else job.save,
+    )
+    if loaded is None:
+        return rows.measure(from_pictures(pictures), settings={})
+    base, lists = build(config.sampling), dict(zip(GRID.values(), (config[key] for key in GRID), strict=True))
+    varied = [name for name, values in lists.items() if values]
+    job.protocol |= {"labels": config.protocol.labels, "seed": config.seed}
+    job.protocol |= {f"sampling.{name}": value for name, value in vars(base).items() if name not in varied}
+    return measure_generator(
+        loaded.task,
+        rows=rows,
+        grid=[({n: getattr(one, n) for n in varied}, one) for one in settings_grid(base, **lists)],
+        classes=loaded.classes,
+        labels=config.protocol.labels,
+        seed=config.seed,
+        codes=code_shards(loaded),
+        baselines=config.baselines,
+    )
+
+
+def keep(job: Job, rows: list[Measured]) -> None:
+    """JSON, the measured images packed, one MLflow run per row, and an end to what was put aside."""
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    plain = {"metrics": flat(rows), "rows": [row.plain() for row in rows]}
+    write_json(job.out, plain | {"protocol": job.protocol, "requested": job.requested})
+    if job.save is not None:
+        for folder in sorted(path for path in job.save.iterdir() if path.is_dir()):
+            pack_npz(PictureFolder(folder), len(list(folder.glob("*.png"))), folder.with_suffix(".npz"))
+    for row in rows:
+        varied = {key if key == "num_samples" else f"sampling.{key}": value for key, value in row.settings.items()}
+        params = job.protocol | varied
+        record(job.config, experiment=job.name, params=params, metrics=row.scores.logged(), artifacts=[job.out])
+    shutil.rmtree(job.part_dir, ignore_errors=True)
+    log.info("written to %s", job.out)
+
+
+def reference_images(job: Job) -> tuple[Path, int | None]:
+    """Where the real images are, and the side they are cropped to: of ``reference``, or of the checkpoint's run."""
+    config, loaded = job.config, job.loaded
+    size = config.image_size if loaded is None else decoder(loaded).image_size
+    if config.reference is not None:
+        return Path(config.reference), size
+    assert loaded is not None
+    node = loaded.config.get("data") or {}
     if loaded.kind == "gpt":
-        found |= {"num_samples": config.num_samples, "labels": "balanced", "seed": config.seed}
-        found |= {f"sampling.{key}": value for key, value in config.sampling.items() if key != "_target_"}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"metrics": values, "protocol": found, "requested": protocol})
-    show(values, found)
-    record(config, experiment=f"evaluate_{loaded.kind}", params=found, metrics=values, artifacts=[out])
-    log.info("written to %s", out)
-    return values
+        node = ((loaded.config.get("callbacks") or {}).get("generation") or {}).get("reference") or {}
+    if "path" not in node:
+        raise ValueError(f"{config.ckpt} knows of no reference images; give reference=IMAGES: a folder, .npz or shards")
+    return Path(node["path"]), size
+
+
+def pair_writer(save: Path) -> Callable[[range, Tensor, Tensor], None]:
+    """Write originals and reconstructions side by side."""
+    originals, reconstructions = (PictureFolder(save / name) for name in ("originals", "reconstructions"))
+
+    def write(indices: range, image: Tensor, rebuilt: Tensor) -> None:
+        originals.write(indices, image)
+        reconstructions.write(indices, rebuilt)
+
+    return write
 
 
 def requested(config: DictConfig) -> dict[str, Any]:
-    """What decides the numbers: all settings, and the checkpoint's size and time."""
+    """What decides the numbers: all settings, and sizes and times of the files that are measured."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size"):
+    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save"):
         plain.pop(key)
-    path = Path(config.ckpt)
-    stat = path.stat() if path.exists() else None
-    return plain | {"file": [stat.st_size, stat.st_mtime_ns] if stat else None}
-
-
-def reference_images(config: DictConfig, loaded: LoadedTask, *, size: int | None = None) -> ImageShards:
-    """The images of the checkpoint's own run, or those of ``images=``; ``size`` px instead of the run's if given."""
-    if loaded.kind == "tokenizer":
-        node = dict(loaded.config.get("data") or {})
-    else:
-        callbacks = loaded.config.get("callbacks") or {}
-        node = dict((callbacks.get("generation") or {}).get("reference") or {})
-    if not node and config.images is None:
-        raise ValueError(f"{config.ckpt} knows of no reference images; give images=FOLDER of image shards")
-    if config.images is not None:
-        node = {
-            "_target_": "smalto.data.images.ImageShards",
-            "image_size": decoder(loaded).image_size,
-            "augment": "center_crop",
-            "flip_prob": 0.0,
-            **node,
-            "path": config.images,
-        }
-    if size is not None:
-        node |= {"image_size": size, "augment": "center_crop"}
-    node |= {
-        "batch_size": config.batch_size,
-        "val_batch_size": config.batch_size,
-        "seed": 0,
-        "num_workers": 0,
-    }
-    check_targets(node)
-    data = build(node)
-    data.setup("validate")
-    if data.num_val == 0:
-        raise ValueError(f"{node['path']} has no validation images; prepare with val_fraction > 0")
-    return data
+    files = [Path(path) for path in (config.ckpt, config.samples, config.reference) if path is not None]
+    stats = [path.stat() if path.exists() else None for path in files]
+    return plain | {"files": [[stat.st_size, stat.st_mtime_ns] if stat else None for stat in stats]}
 
 
 def decoder(loaded: LoadedTask) -> Any:
@@ -116,76 +350,6 @@ def decoder(loaded: LoadedTask) -> Any:
     if found is None:
         raise ValueError("this generator carries no tokenizer; give tokenizer_ckpt=PATH to see pictures")
     return found
-
-
-def evaluate_tokenizer(config: DictConfig, loaded: LoadedTask, images: ImageShards) -> dict[str, float]:
-    """PSNR, SSIM, LPIPS, rFID and codebook usage over the validation images."""
-    task = loaded.task
-    psnr, ssim = PSNR().to(task.device), SSIM(data_range=config.ssim_data_range).to(task.device)
-    usage = CodebookUsage(codebook_size=task.codebook_size).to(task.device)
-    suite = GenerationMetrics(features=build(config.features), kind="reconstruction").to(task.device)
-    perceptual = build(config.perceptual)().to(task.device).eval() if config.perceptual else None
-    resized = config.eval_size not in (None, images.image_size)
-    # PSNR and SSIM compare with the resized image, rFID with images cropped at that size, as the authors do.
-    originals = iter(reference_images(config, loaded, size=config.eval_size).val_dataloader() if resized else ())
-    distance = 0.0
-    with progress("reconstruct", total=images.num_val) as advance, torch.inference_mode():
-        for batch in images.val_dataloader():
-            image = batch["image"].to(task.device)
-            rebuilt, codes = task.reconstruct(image)
-            suite.update_real(next(originals)["image"].to(task.device) if resized else image)
-            suite.update_fake(rebuilt)
-            usage.update(codes)
-            image = task.to_pixels(to_float(image)) if resized else image
-            for metric in (psnr, ssim):
-                metric.update(rebuilt, image)
-            if perceptual is not None:
-                distance += float(perceptual(rebuilt / 127.5 - 1, image / 127.5 - 1).sum())
-            advance(len(image))
-    values = {"psnr": float(psnr.compute()), "ssim": float(ssim.compute())}
-    values |= {f"codebook_{key}": float(value) for key, value in usage.compute().items()}
-    if perceptual is not None:
-        values[perceptual.name] = distance / images.num_val
-    return values | suite.compute()
-
-
-def evaluate_generator(config: DictConfig, loaded: LoadedTask, images: ImageShards) -> dict[str, float]:
-    """FID, IS, precision, recall and class accuracy of samples; loss against what code counts alone would reach."""
-    task, sampling = loaded.task, build(config.sampling)
-    suite = GenerationMetrics(features=build(config.features), num_classes=images.num_classes).to(task.device)
-    with progress("reference", total=images.num_val) as advance:
-        for batch in images.val_dataloader():
-            suite.update_real(batch["image"].to(task.device), batch["label"])
-            advance(len(batch["image"]))
-    suite.finish_real()
-    classes = range(task.net.conditioner.num_classes)
-
-    def measure(name: str, draw: Any) -> dict[str, float]:
-        suite.reset_fake()
-        with progress(name, total=config.num_samples) as advance:
-            for start in range(0, config.num_samples, config.batch_size):
-                indices = range(start, min(start + config.batch_size, config.num_samples))
-                labels, seeds = balanced_labels(indices, classes), image_seeds(config.seed, indices)
-                suite.update_fake(draw(labels, seeds), labels)
-                advance(len(indices))
-        return suite.compute()
-
-    values = measure("samples", lambda labels, seeds: task.sample_images(labels, sampling=sampling, seeds=seeds))
-    per_class = dict(zip(loaded.classes, suite.per_class_accuracy, strict=False))
-    if per_class:
-        log.info("class accuracy: %s", ", ".join(f"{name} {value:.0%}" for name, value in per_class.items()))
-    codes = code_shards(loaded)
-    if codes is None:
-        return values
-    loss, counts = validation_loss(loaded, codes)
-    values |= loss
-    if config.baselines:
-        generator = torch.Generator().manual_seed(config.seed)
-        uniform = torch.ones_like(counts, dtype=torch.float)
-        for name, weights in {"uniform_codes": uniform, "position_frequencies": counts.float()}.items():
-            found = measure(name, lambda labels, seeds, w=weights: draw_codes(task, w, len(labels), generator))
-            values |= {f"{name}/{key}": value for key, value in found.items() if key.startswith("fid_")}
-    return values
 
 
 def code_shards(loaded: LoadedTask) -> Any:
@@ -202,53 +366,6 @@ def code_shards(loaded: LoadedTask) -> Any:
         log.warning("no validation loss: %s", error)
         return None
     return data
-
-
-@torch.inference_mode()
-def validation_loss(loaded: LoadedTask, data: Any) -> tuple[dict[str, float], Tensor]:
-    """Teacher-forced loss in nats and accuracy, beside the loss of code counts; and the counts per position (L, K)."""
-    task = loaded.task
-    total = correct = 0.0
-    validation = []
-    for batch in data.val_dataloader():
-        codes = batch["codes"].to(task.device)
-        condition, mask = task.condition(batch)
-        logits = task.net(codes, condition.to(task.device), mask).float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum"))
-        correct += float((logits.argmax(-1) == codes).sum())
-        validation.append(codes.cpu())
-    counts = torch.zeros(task.net.num_codes, task.net.vocab_size, dtype=torch.int64)
-    for batch in data.train_dataloader():
-        counts += position_counts(batch["codes"], task.net.vocab_size)
-    every = torch.cat(validation)
-    unigram, positional = unigram_nll(counts, every)
-    loss = total / every.numel()
-    return {
-        "loss": loss,
-        "accuracy": correct / every.numel(),
-        "bits_per_image": loss * every.shape[1] / math.log(2),
-        "unigram_entropy": float(unigram_entropy(counts.sum(0))),
-        "unigram_loss": unigram,
-        "position_unigram_loss": positional,
-    }, counts
-
-
-def draw_codes(task: Any, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Pictures of codes drawn position by position from ``weights`` (L, K), blind to each other."""
-    codes = torch.multinomial(weights, count, replacement=True, generator=generator).T
-    return task.decode_codes(codes.to(task.device))
-
-
-def show(values: dict[str, float], protocol: dict[str, Any]) -> None:
-    """The table, to stdout."""
-    table = Table(title="smalto evaluate", title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for key, value in values.items():
-        table.add_row(key, f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}")
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print("\n".join(f"{key}: {value}" for key, value in protocol.items()), highlight=False)
 
 
 main = hydra_main("evaluate")(run)

@@ -59,7 +59,8 @@ def test_generation_measures_and_draws(tmp_path, tokenized):
     callback = generation()
     make_trainer(tmp_path, EMA(decay=0.5), callback, max_steps=5).fit(tokenized(), codes())
     name = TinyFeatures().name
-    assert {f"gen/fid_{name}", f"gen/is_{name}", f"gen/class_accuracy_{name}"} <= set(callback.metrics)
+    for tier in ("gen/", "gen/n18/"):  # at the end: the count of the curve, and the larger one beside it
+        assert {f"{tier}{metric}_{name}" for metric in ("fid", "sfid", "is", "class_accuracy")} <= set(callback.metrics)
     steps = sorted(path.name for path in (tmp_path / "sheets/gen").iterdir())
     assert steps == ["step_00000002.png", "step_00000004.png", "step_00000005.png"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import smalto
-from smalto.metrics.features import Lite0Features
+from smalto.metrics.lite0 import Lite0Features
 
 FOLDER = Path(smalto.__file__).parent / "data" / "fashion_mnist"
 

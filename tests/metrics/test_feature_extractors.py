@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_sample_image
 
-from smalto.metrics import features
-from smalto.metrics.features import InceptionFeatures, Lite0Features, auto_features
+from smalto.metrics import inception
+from smalto.metrics import lite0 as lite0_module
+from smalto.metrics.inception import InceptionFeatures, auto_features
+from smalto.metrics.lite0 import Lite0Features
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +17,7 @@ def inception_file(tmp_path_factory):
     """A file of the right shape with random weights, and its true sha256 prefix."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = tmp_path_factory.mktemp("weights") / features.INCEPTION_FILE
+    path = tmp_path_factory.mktemp("weights") / inception.INCEPTION_FILE
     original = torch.hub.load_state_dict_from_url
     module = FeatureExtractorInceptionV3.__init__.__globals__
     try:
@@ -33,7 +35,7 @@ def inception_file(tmp_path_factory):
 
 def test_folding_changes_nothing(lite0, real):
     """The folded network is the package's own network, up to rounding."""
-    network = features._load_lite0()
+    network = lite0_module._load_lite0()
     image = real[0][:8]
     resized = F.interpolate(image.float(), size=(64, 64), mode="bilinear", antialias=True)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_recognises_real_photos():
 
 
 def test_wrong_weight_file_is_refused(tmp_path):
-    path = tmp_path / features.INCEPTION_FILE
+    path = tmp_path / inception.INCEPTION_FILE
     with pytest.raises(FileNotFoundError, match="features=lite0"):
         InceptionFeatures(weights=path)
     torch.save({}, path)
@@ -100,7 +102,7 @@ def test_wrong_weight_file_is_refused(tmp_path):
 
 def test_inception_loads_completely_or_not_at_all(inception_file, monkeypatch, real):
     path, prefix, network = inception_file
-    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", prefix)
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", prefix)
     extractor = InceptionFeatures(weights=path)
     found = extractor(real[0][:2])
     assert extractor.name == "inception"
@@ -113,7 +115,7 @@ def test_inception_loads_completely_or_not_at_all(inception_file, monkeypatch, r
     state = torch.load(path, weights_only=True)
     state.pop("fc.weight")
     torch.save(state, path.with_name("half.pth"))
-    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", "")
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", "")
     with pytest.raises(RuntimeError, match=r"fc\.weight"):
         InceptionFeatures(weights=path.with_name("half.pth"))
 
@@ -121,13 +123,48 @@ def test_inception_loads_completely_or_not_at_all(inception_file, monkeypatch, r
 def test_auto_prefers_inception_and_says_so(inception_file, monkeypatch, tmp_path, caplog):
     path, prefix, _ = inception_file
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", prefix)
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", prefix)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert auto_features(size=32).name == "lite0_32"
     assert "no inception file" in caplog.text
-    cache = tmp_path / "hub" / "checkpoints" / features.INCEPTION_FILE
+    cache = tmp_path / "hub" / "checkpoints" / inception.INCEPTION_FILE
     cache.parent.mkdir(parents=True)
     cache.symlink_to(path)
     assert auto_features(size=32).name == "inception"
     with pytest.raises(FileNotFoundError):
         auto_features(weights=tmp_path / "missing.pth")
+
+
+def test_features_do_not_depend_on_the_batch(lite0, real):
+    """To the last bit: the network always sees chunks of one shape, so kernels and sums are the same."""
+    image = real[0][:45]
+    whole = lite0(image)
+    parts = [lite0(part) for part in image.split([1, 16, 20, 8])]
+    for name in ("pool", "spatial", "logits"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+
+
+def test_spatial_features_know_where_things_are(lite0, real):
+    """A mirrored picture has nearly the same pooled features and quite other spatial ones."""
+    image = real[0][:40]
+    here, mirrored = lite0(image), lite0(image.flip(3))
+    assert here.spatial.shape == (40, 7 * 4 * 4) == (40, lite0.num_spatial)
+
+    def change(name: str) -> float:
+        a, b = getattr(here, name), getattr(mirrored, name)
+        return float((a - b).norm() / (a - a.mean(0)).norm())
+
+    assert change("spatial") > 1.5 * change("pool")
+
+
+def test_inceptions_spatial_features_are_the_first_channels_of_mixed_6(inception_file, monkeypatch, real):
+    path, prefix, network = inception_file
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", prefix)
+    extractor = InceptionFeatures(weights=path)
+    kept = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, result: kept.append(result))
+    network.features_list = ["2048"]
+    network(real[0][:2])
+    found = extractor(real[0][:2])
+    assert found.spatial.shape == (2, 2023) == (2, extractor.num_spatial)
+    torch.testing.assert_close(found.spatial, kept[0][:, :7].flatten(1), atol=1e-4, rtol=1e-3)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
@@ -58,3 +59,34 @@ def test_too_few(generator):
     points = torch.randn(3, 5, generator=generator)
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(points, points)
+
+
+def half_reference(real, fake, k=3):
+    """ADM's float16 distances by numpy, whole matrices."""
+
+    def distances(a, b):
+        a, b = a.numpy().astype(np.float16), b.numpy().astype(np.float16)
+        product = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float16)
+        norms = [(x * x).astype(np.float32).sum(1).astype(np.float16) for x in (a, b)]
+        return ((norms[0][:, None] - 2 * product) + norms[1]).astype(np.float32)
+
+    radii = [np.partition(distances(x, x), k, axis=1)[:, k] for x in (real, fake)]
+    cross = distances(real, fake)
+    return (cross <= radii[0][:, None]).any(0).mean(), (cross <= radii[1]).any(1).mean()
+
+
+def test_half_precision_as_in_adm(generator):
+    real = torch.randn(600, 64, generator=generator).relu() + 0.5
+    fake = torch.randn(500, 64, generator=generator).relu() * 0.95 + 0.5
+    found = [float(v) for v in precision_recall(real, fake, distance_dtype="fp16", block_size=130)]
+    assert found == pytest.approx(half_reference(real, fake), abs=1e-7)
+    exact = [float(v) for v in precision_recall(real, fake)]
+    assert found != exact
+    assert found == pytest.approx(exact, abs=0.05)
+
+
+def test_half_precision_falls_back_where_it_overflows(generator):
+    real, fake = (400 * torch.randn(40, 64, generator=generator) for _ in range(2))  # squared distances beyond 65,504
+    assert precision_recall(real, fake, distance_dtype="fp16") == precision_recall(real, fake)
+    with pytest.raises(ValueError, match="fp32, or fp16"):
+        PrecisionRecall(num_features=4, distance_dtype="bf16")

@@ -34,11 +34,17 @@ def test_packed_file_reads_as_npz(tmp_path, images, chunk):
     folder = PictureFolder(tmp_path / "images")
     folder.write([4, 3, 2, 1, 0], images)
     target = tmp_path / "samples.npz"
-    pack_npz(folder, 5, target, labels=np.arange(5), chunk=chunk)
+    pack_npz(folder, 5, target, labels=np.arange(5) * 10, chunk=chunk)
     with np.load(target) as archive:
+        order = archive["index"]
         assert archive["arr_0"].dtype == np.uint8
-        assert np.array_equal(archive["arr_0"], channels_last(images)[::-1])
-        assert archive["labels"].tolist() == [0, 1, 2, 3, 4]
+        assert sorted(order) == [0, 1, 2, 3, 4] != order.tolist(), "shuffled"
+        assert np.array_equal(archive["arr_0"], channels_last(images)[::-1][order])
+        assert archive["labels"].tolist() == (order * 10).tolist()
+    pack_npz(folder, 4, target, chunk=chunk, shuffle_seed=None)
+    with np.load(target) as archive:
+        assert np.array_equal(archive["arr_0"], channels_last(images)[::-1][:4])
+        assert "labels" not in archive
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -47,4 +53,4 @@ def test_a_missing_picture_leaves_no_packed_file(tmp_path, images):
     folder.write([0, 1], images[:2])
     with pytest.raises(FileNotFoundError):
         pack_npz(folder, 3, tmp_path / "samples.npz", labels=np.arange(3), chunk=1)
-    assert not (tmp_path / "samples.npz").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -4,16 +4,22 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from smalto.callbacks.ema import averaged_weights
 from smalto.callbacks.pictures import log_picture, log_values
 from smalto.data.images import ImageShards
+from smalto.evaluation.references import find_reference
 from smalto.metrics.features import FeatureExtractor
+from smalto.metrics.reference import Reference
+from smalto.metrics.rules import Rules
+from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
-from smalto.sampling.requests import balanced_labels, image_seeds
+from smalto.sampling.requests import balanced_labels, image_seeds, wanted_labels
 from smalto.sampling.sheet import image_sheet
 from smalto.types import SamplingConfig
 
@@ -21,18 +27,25 @@ log = logging.getLogger(__name__)
 
 
 class Generation(L.Callback):
-    """Every ``every_n_steps`` and at the end: samples, a sheet, FID, IS, precision, recall, class accuracy.
+    """Every ``every_n_steps`` and at the end: samples, a sheet, FID, sFID, IS, KID, precision, recall, class accuracy.
 
-    Labels go round the classes, image i has its own seed: the same images are asked for every time, whatever the
-    number of processes. Nothing is drawn from the generators that training uses.
+    Image i has its own label and seed: the same images are asked for every time, whatever the number of processes.
+    Nothing is drawn from the generators that training uses. FID depends on the number of images: names that start with
+    ``gen/`` alone are measured at the first of ``num_samples``, also at the end, so that a curve is of one kind; larger
+    counts are ``gen/nCOUNT/``.
 
     Args:
         features: network behind the metrics; its name is part of theirs.
-        reference: data module whose validation images are the real side.
+        reference: data module whose validation images are the real side; says the classes too.
         sampling: how codes are drawn.
         every_n_steps: optimizer steps between two evaluations; 0 evaluates at the end only.
-        num_samples: images per evaluation; 0 makes the sheet only.
-        final_num_samples: images of the last evaluation.
+        num_samples: images per evaluation, or several counts, measured in one pass; 0 makes the sheet only.
+        final_num_samples: the same for the last evaluation, beside those of ``num_samples``.
+        reference_file: statistics to compare with instead of the validation images: an ADM ``.npz``, or a file that
+            ``smalto evaluate reference=...`` made.
+        cache_dir: where measured statistics of the real side are kept for the next run; None measures in every run.
+        labels: ``balanced`` goes round the classes, ``random`` draws them as the authors do.
+        rules: how the metrics are computed.
         batch_size: images decoded together, per process.
         cfg_scales: guidance scales to compare; metric names then start with ``gen/cfgSCALE/``. None uses the one of
             ``sampling`` and names start with ``gen/``.
@@ -48,8 +61,12 @@ class Generation(L.Callback):
         reference: ImageShards,
         sampling: SamplingConfig,
         every_n_steps: int,
-        num_samples: int,
-        final_num_samples: int,
+        num_samples: int | Sequence[int],
+        final_num_samples: int | Sequence[int],
+        reference_file: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        labels: str = "balanced",
+        rules: Rules | None = None,
         batch_size: int = 100,
         cfg_scales: Sequence[float] | None = None,
         sheet_classes: int = 10,
@@ -60,8 +77,12 @@ class Generation(L.Callback):
         self.reference = reference
         self.sampling = sampling
         self.every_n_steps = every_n_steps
-        self.num_samples = num_samples
-        self.final_num_samples = final_num_samples
+        self.num_samples = _tiers("num_samples", num_samples)
+        self.final_num_samples = sorted({*self.num_samples, *_tiers("final_num_samples", final_num_samples)})
+        self.reference_file = reference_file
+        self.cache_dir = cache_dir
+        self.labels = labels
+        self.rules = rules or Rules()
         self.batch_size = batch_size
         self.cfg_scales = cfg_scales
         self.sheet_classes = sheet_classes
@@ -71,6 +92,7 @@ class Generation(L.Callback):
         """Values of the newest evaluation."""
         self._suite: GenerationMetrics | None = None
         self._done_at = -1
+        wanted_labels(labels, [], [0], seed)  # an unknown word fails here, not after hours
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Fail before training, not after hours of it, when there is nothing to compare with or to decode with."""
@@ -86,6 +108,8 @@ class Generation(L.Callback):
                 "with labels and val_fraction > 0"
             )
         self.num_classes: int = self.reference.num_classes
+        if self.reference_file is not None and not Path(self.reference_file).exists():
+            raise FileNotFoundError(f"callbacks.generation.reference_file={self.reference_file} is not there")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Evaluate when the interval is full."""
@@ -97,8 +121,8 @@ class Generation(L.Callback):
         """The last evaluation, on more images; after the last checkpoint, and repeated if it was interrupted."""
         self.evaluate(trainer, pl_module, self.final_num_samples)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: Any, num_samples: int) -> None:
-        """Sample, measure, log."""
+    def evaluate(self, trainer: L.Trainer, pl_module: Any, tiers: Sequence[int]) -> None:
+        """Sample, measure at each of the counts ``tiers``, log."""
         self._done_at = trainer.global_step
         start = time.perf_counter()
         self.metrics = {}
@@ -108,14 +132,14 @@ class Generation(L.Callback):
                 sampling = replace(self.sampling, cfg_scale=scale)
                 if trainer.is_global_zero:
                     self._sheet(trainer, pl_module, sampling, prefix.strip("/"))
-                if num_samples:
-                    values = self._measure(trainer, pl_module, sampling, num_samples)
-                    self.metrics |= {prefix + key: value for key, value in values.items()}
+                for count, scores in self._measure(trainer, pl_module, sampling, tiers).items():
+                    tier = "" if count == tiers[0] else f"n{count}/"
+                    self.metrics |= {f"{prefix}{tier}{key}": value for key, value in scores.values.items()}
         log_values(trainer, self.metrics)
         if trainer.is_global_zero and self.metrics:
             table = ", ".join(f"{key.removeprefix('gen/')} {value:.4g}" for key, value in self.metrics.items())
             seconds = time.perf_counter() - start
-            log.info("step %d, %d samples in %.0f s: %s", trainer.global_step, num_samples, seconds, table)
+            log.info("step %d, %s samples in %.0f s: %s", trainer.global_step, list(tiers), seconds, table)
 
     def _sheet(self, trainer: L.Trainer, pl_module: Any, sampling: SamplingConfig, name: str) -> None:
         classes = range(min(self.sheet_classes, self.num_classes))
@@ -124,27 +148,66 @@ class Generation(L.Callback):
         names = [self.reference.classes[c] for c in classes] if self.reference.classes else [str(c) for c in classes]
         log_picture(trainer, f"sheets/{name}", image_sheet(images, columns=self.sheet_columns, row_names=names))
 
-    def _measure(self, trainer: L.Trainer, pl_module: Any, sampling: SamplingConfig, count: int) -> dict[str, float]:
+    def _measure(
+        self, trainer: L.Trainer, pl_module: Any, sampling: SamplingConfig, tiers: Sequence[int]
+    ) -> dict[int, Scores]:
+        if not tiers:
+            return {}
         suite = self._real_side(trainer, pl_module)
-        mine = range(trainer.global_rank, count, trainer.world_size)
-        classes = range(self.num_classes)
-        for start in range(0, len(mine), self.batch_size):
-            indices = mine[start : start + self.batch_size]
-            labels = balanced_labels(indices, classes)
-            # Offset by the sheet's seeds: the sheet shows images that are not measured, and the other way round.
-            seeds = image_seeds(self.seed + 1, indices)
-            suite.update_fake(pl_module.sample_images(labels, sampling=sampling, seeds=seeds), labels)
-        values = suite.compute()
+        found, done = {}, 0
+        for count in tiers:
+            mine = range(done + trainer.global_rank, count, trainer.world_size)
+            for start in range(0, len(mine), self.batch_size):
+                indices = mine[start : start + self.batch_size]
+                labels = wanted_labels(self.labels, indices, range(self.num_classes), self.seed + 1)
+                # Offset by the sheet's seeds: the sheet shows images that are not measured, and the other way round.
+                seeds = image_seeds(self.seed + 1, indices)
+                images = pl_module.sample_images(labels, sampling=sampling, seeds=seeds)
+                suite.update_fake(images, labels, torch.tensor(indices))
+            done = count
+            found[count] = suite.compute()
         suite.reset_fake()
-        return values
+        return found
 
     def _real_side(self, trainer: L.Trainer, pl_module: Any) -> GenerationMetrics:
         if self._suite is None:
-            suite = GenerationMetrics(features=self.features, num_classes=self.reference.num_classes)
-            suite.to(pl_module.device)
-            self.reference.trainer = trainer  # ranks share the images
-            for batch in self.reference.val_dataloader():
-                suite.update_real(batch["image"].to(pl_module.device), batch["label"])
-            suite.finish_real()
+            self.features.to(pl_module.device)
+            known = self._known_reference(trainer)
+            suite = GenerationMetrics(
+                features=self.features, reference=known, num_classes=self.num_classes, rules=self.rules
+            ).to(pl_module.device)
+            if known is None:
+                self.reference.trainer = trainer  # ranks share the images
+                for batch in self.reference.val_dataloader():
+                    suite.update_real(batch["image"].to(pl_module.device), batch["label"])
+                suite.finish_real()
             self._suite = suite
         return self._suite
+
+    def _known_reference(self, trainer: L.Trainer) -> Reference | None:
+        """Statistics from a file, or measured once for all runs; None for images that are in no file."""
+        path = self.reference_file or getattr(self.reference, "path", None)
+        if path is None or (self.cache_dir is None and self.reference_file is None):
+            return None
+        return find_reference(
+            path,
+            features=self.features,
+            kind="generation",
+            rules=self.rules,
+            cache_dir=self.cache_dir or Path(trainer.default_root_dir) / "references",
+            image_size=self.reference.image_size,
+            limit=None if self.reference_file else self.reference.num_val,
+            batch_size=self.batch_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+
+def _tiers(name: str, counts: int | Sequence[int]) -> list[int]:
+    """Ascending counts; none for 0."""
+    wanted = [counts] if isinstance(counts, int) else list(counts)
+    if wanted in ([0], []):
+        return []
+    if min(wanted) < 2:
+        raise ValueError(f"callbacks.generation.{name} is {counts}; every count must be at least 2, or 0 for none")
+    return sorted(set(wanted))

@@ -1,5 +1,6 @@
-"""How well the tokenizer rebuilds validation images: rFID, PSNR, SSIM, codebook usage, a sheet of pairs."""
+"""How well the tokenizer rebuilds validation images: rFID, PSNR, SSIM, LPIPS, codebook usage, a sheet of pairs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -7,10 +8,8 @@ import torch
 from torch import Tensor
 
 from smalto.callbacks.pictures import log_picture
-from smalto.metrics.codebook import CodebookUsage
 from smalto.metrics.features import FeatureExtractor
-from smalto.metrics.image import PSNR, SSIM
-from smalto.metrics.suite import GenerationMetrics
+from smalto.metrics.reconstruction import ReconstructionMetrics
 from smalto.sampling.sheet import image_sheet
 from smalto.types import ImageBatch
 
@@ -20,29 +19,40 @@ class Reconstruction(L.Callback):
 
     Args:
         features: network behind rFID; its name is part of the metric's.
+        perceptual: makes the network behind LPIPS, whose name is the metric's; it is not the one that trains, which an
+            ablation may have switched off. None leaves LPIPS out.
         ssim_data_range: 1 for images in [0, 1]; the paper's numbers were made with 2.
         sheet_pairs: originals, and their reconstructions below, on the sheet.
     """
 
-    def __init__(self, *, features: FeatureExtractor, ssim_data_range: float = 1.0, sheet_pairs: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        features: FeatureExtractor,
+        perceptual: Callable[[], Any] | None = None,
+        ssim_data_range: float = 1.0,
+        sheet_pairs: int = 16,
+    ) -> None:
         self.features = features
+        self.perceptual = perceptual or None  # {} is how a config says none
+        self.ssim_data_range = ssim_data_range
         self.sheet_pairs = sheet_pairs
-        self.psnr = PSNR()
-        self.ssim = SSIM(data_range=ssim_data_range)
-        self.usage: Any = None
-        self._suite: Any = None
-        self._real_done = False
+        self._metrics: ReconstructionMetrics | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Empty all sums; the originals' features are kept from the first validation."""
-        device = pl_module.device
-        if self._suite is None:
-            self._suite = GenerationMetrics(features=self.features, kind="reconstruction")
-            self._suite.to(device)
-            self.usage = CodebookUsage(codebook_size=pl_module.codebook_size)
-        for metric in (self.psnr, self.ssim, self.usage):
-            metric.to(device).reset()
+        if self._metrics is None:
+            with torch.random.fork_rng(devices=[]):  # building a network draws numbers that training would get
+                network = None if self.perceptual is None else self.perceptual().to(pl_module.device).eval()
+            self._metrics = ReconstructionMetrics(
+                features=self.features,
+                perceptual=network,
+                perceptual_name=getattr(network, "name", "lpips"),
+                codebook_size=pl_module.codebook_size,
+                ssim_data_range=self.ssim_data_range,
+            ).to(pl_module.device)
+        self._metrics.reset()
         self._pairs = []
 
     def on_validation_batch_end(
@@ -55,27 +65,18 @@ class Reconstruction(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add one batch."""
+        assert self._metrics is not None
         image, reconstruction = batch["image"], outputs["reconstruction"]
-        self.psnr.update(reconstruction, image)
-        self.ssim.update(reconstruction, image)
-        self.usage.update(outputs["codes"])
-        if not self._real_done:
-            self._suite.update_real(image)
-        self._suite.update_fake(reconstruction)
+        self._metrics.update(image, reconstruction, outputs["codes"])
         if trainer.is_global_zero and sum(len(a) for a, _ in self._pairs) < self.sheet_pairs:
             self._pairs.append((image, reconstruction))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compute and log."""
-        usage = self.usage.compute()
-        values: dict[str, Any] = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
-        values |= {f"codebook_{key}": value for key, value in usage.items()}
-        values |= self._suite.compute()
-        self._suite.reset_fake()
-        self._real_done = True
+        assert self._metrics is not None
         bar = {"psnr", "codebook_usage"}
-        for key, value in values.items():
-            number = torch.as_tensor(value, dtype=torch.float32)
+        for key, value in self._metrics.compute().values.items():
+            number = torch.tensor(value, dtype=torch.float32)
             pl_module.log(f"val/{key}", number, prog_bar=key in bar, rank_zero_only=True)
         if trainer.is_global_zero and self._pairs:
             originals = torch.cat([a for a, _ in self._pairs])[: self.sheet_pairs]

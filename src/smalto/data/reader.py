@@ -21,6 +21,7 @@ class ImageReader:
 
     Attributes:
         labels: int64 (N,); -1 where the images have no labels.
+        paths: the shards.
 
     Raises:
         ValueError: a shard holds other than what meta.json says.
@@ -28,12 +29,12 @@ class ImageReader:
 
     def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
         shards = meta["splits"].get(split, {"shards": []})["shards"]
-        self._paths = [Path(path) / shard["name"] for shard in shards]
-        self._files = ShardFiles(self._paths)
+        self.paths = [Path(path) / shard["name"] for shard in shards]
+        self._files = ShardFiles(self.paths)
         places: list[tuple[int, int, int]] = []
         labels: list[int] = []
         self._encoding = meta["encoding"]
-        for number, (file, shard) in enumerate(zip(self._paths, shards, strict=True)):
+        for number, (file, shard) in enumerate(zip(self.paths, shards, strict=True)):
             found = _locate_images(file, self._encoding)
             if len(found) != shard.get("num_images", len(found)):
                 raise ValueError(
@@ -49,7 +50,7 @@ class ImageReader:
 
     def keys(self) -> list[str]:
         """Member name of each image without its suffix; walks the shards again."""
-        return [key for file in self._paths for _, _, _, key in _locate_images(file, self._encoding)]
+        return [key for file in self.paths for _, _, _, key in _locate_images(file, self._encoding)]
 
     def read(self, index: int) -> Image.Image:
         """Image ``index``, RGB.
@@ -61,7 +62,7 @@ class ImageReader:
         try:
             return decode_image(self._files.read(number, size, offset))
         except ValueError as error:
-            raise ValueError(f"image {index} in {self._paths[number]} is damaged: {error}") from error
+            raise ValueError(f"image {index} in {self.paths[number]} is damaged: {error}") from error
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """Images of equal size as uint8 (len(indices), 3, H, W)."""

@@ -56,7 +56,15 @@ def to_pixels(
         size: side of the result, by bicubic interpolation without antialiasing: how the LlamaGen authors bring what
             was made at 384 or 512 px to the 256 px of the reference. It aliases and overshoots; it is theirs.
         rounding: see :func:`to_uint8`.
+
+    Raises:
+        ValueError: NaN or infinite pixels, which would become some colour without a word.
     """
+    if not bool(image.isfinite().all()):
+        bad = int((~image.flatten(1).isfinite().all(dim=1)).sum())
+        raise ValueError(
+            f"{bad} of {len(image)} images hold NaN or infinite pixels: the weights are broken, or overflow"
+        )
     if size is not None and (size, size) != tuple(image.shape[-2:]):
         from torch.nn.functional import interpolate  # not at the top: see the header
 

@@ -49,6 +49,53 @@ class CodebookUsage(Metric):
         }
 
 
+class QueueUsage(Metric):
+    """Share of codes among the last ``queue_size`` codes seen, how the paper reports usage (section 3.1).
+
+    65,536 codes are 256 images of 16 x 16 codes: a codebook of 16,384 that a whole set uses fully looks less used here.
+    Over processes every one keeps its own last codes, an equal part of the queue each.
+
+    Args:
+        codebook_size: number of codes, K.
+        queue_size: of the paper by default.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    queue: list[Tensor]
+
+    def __init__(self, *, codebook_size: int, queue_size: int = 65_536, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if min(codebook_size, queue_size) < 1:
+            raise ValueError(f"codebook_size is {codebook_size} and queue_size {queue_size}; both must be >= 1")
+        self.codebook_size = codebook_size
+        self.queue_size = queue_size
+        self.add_state("queue", default=[], dist_reduce_fx="cat")
+
+    def update(self, codes: Tensor) -> None:
+        """Add integer codes of any shape, oldest first."""
+        codes = codes.detach().flatten().long()
+        _check_codes(codes, self.codebook_size)
+        self._keep(torch.cat([*self.queue, codes]), self.queue_size)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Bring an equal part of the queue; also a process that saw nothing takes part."""
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._keep(torch.cat([empty, *self.queue]), self.queue_size // processes)
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """Float64 scalar in [0, 1]; 0 when nothing was seen."""
+        queue = torch.cat(self.queue) if isinstance(self.queue, list) and self.queue else self.queue
+        seen = queue.unique().numel() if isinstance(queue, Tensor) else 0
+        return torch.tensor(seen / self.codebook_size, dtype=torch.float64)
+
+    def _keep(self, codes: Tensor, size: int) -> None:
+        self.queue = [codes[max(0, len(codes) - size) :].clone()]
+
+
 def unigram_entropy(counts: Tensor) -> Tensor:
     """Entropy in nats of the distribution given by counts (K,); float64 scalar, 0 for no counts.
 

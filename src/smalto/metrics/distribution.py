@@ -1,13 +1,19 @@
-"""Frechet distance and Inception Score from precomputed features, in float64."""
+"""Frechet distance of two sets of features, in float64."""
 
+import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+EPS = float(np.finfo(np.float64).eps)
+MAX_ROOT_ERROR = 1e-10
+"""Largest relative error of the matrix root that rounding may leave."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +23,29 @@ class Gaussian:
     Args:
         mean: (D,) float64.
         cov: (D, D) float64, unbiased.
-        n: number of images behind them.
+        n: number of images behind them; None for statistics that do not say it.
     """
 
     mean: Tensor
     cov: Tensor
-    n: int
+    n: int | None
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """R (D, r), float64, with ``R R^T`` = cov: Cholesky's at full rank, else pivoted and cut to the support.
+
+        Directions in which n images cannot vary would contribute nothing but the root of their rounding error.
+        """
+        cov = self.cov.double().cpu().numpy()
+        dim = len(cov)
+        if self.n is None or self.n > dim:
+            with contextlib.suppress(scipy.linalg.LinAlgError):
+                return scipy.linalg.cholesky(cov, lower=True)
+        factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+        rank = rank if self.n is None else min(rank, self.n - 1)
+        root = np.zeros((dim, rank))
+        root[pivots - 1] = np.tril(factor)[:, :rank]
+        return root
 
 
 class FrechetDistance(FrechetInceptionDistance):
@@ -98,81 +121,34 @@ class FrechetDistance(FrechetInceptionDistance):
 def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
     """Squared Frechet distance of two Gaussians, exact for singular covariances as well.
 
-    ``tr sqrt(Sa Sb)`` is the sum of roots of the eigenvalues of ``R^T Sb R`` with ``Sa = R R^T``. R is cut to
-    the support of the covariance from fewer images (rank at most n - 1): directions without variance
-    contribute nothing but the root of their rounding error, which at 1e-16 squared is no longer small.
+    ``tr sqrt(Sa Sb)`` is the sum of the singular values of ``Ra^T Rb`` with ``S = R R^T``, which is the sum of the
+    roots of the eigenvalues of ``Ra^T Sb Ra``. The eigenvalues cost half as much, but a root turns the rounding
+    error of a small one into a large one: they are used while the bound on that error is negligible.
 
     Returns:
         Float64 scalar on ``b``'s device, never below zero.
+
+    Raises:
+        ValueError: another number of features on each side.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"{a.mean.numel()} features against {b.mean.numel()}; both sides need the same extractor")
-    mean_a, cov_a = a.mean.to(b.mean), a.cov.to(b.cov)
-    small, n, other = (cov_a, a.n, b.cov) if a.n <= b.n else (b.cov, b.n, cov_a)
-    # LAPACK's MRRR by scipy, on the CPU: torch's divide-and-conquer fails to converge on the many equal (zero)
-    # eigenvalues of a few images, and is no faster here.
-    values, vectors = (
-        torch.from_numpy(part).to(small) for part in scipy.linalg.eigh(small.cpu().numpy(), driver="evr")
-    )  # ascending
-    keep = values > values[-1].clamp_min(0.0) * small.shape[0] * torch.finfo(small.dtype).eps
-    keep[: max(0, small.shape[0] - (n - 1))] = False
-    root = vectors[:, keep] * values[keep].sqrt()
-    product = (root.T @ other @ root).cpu().numpy()
-    cross = torch.from_numpy(scipy.linalg.eigvalsh(product, driver="evr")).to(small).clamp_min(0.0).sqrt().sum()
-    distance = (mean_a - b.mean).square().sum() + cov_a.trace() + b.cov.trace() - 2 * cross
+    cov_a, cov_b = a.cov.double().cpu().numpy(), b.cov.double().cpu().numpy()
+    full_rank = min(a.root.shape[1], b.root.shape[1]) == len(cov_a)
+    cross = _sum_of_roots(a.root.T @ cov_b @ a.root) if full_rank else None
+    if cross is None:
+        cross = float(scipy.linalg.svdvals(a.root.T @ b.root).sum()) if min(a.root.shape[1], b.root.shape[1]) else 0.0
+    distance = (a.mean.to(b.mean) - b.mean).square().sum() + float(cov_a.trace() + cov_b.trace()) - 2 * cross
     return distance.clamp_min(0.0)  # rounding can leave -1e-12 of the traces
 
 
-class InceptionScore(Metric):
-    """Inception Score (arXiv:1606.03498) with ADM's rule: consecutive splits in the order of the samples.
-
-    torchmetrics' own shuffles with the global generator, so its value changes from call to call and disturbs
-    training. Here: ``max(1, N // split_size)`` consecutive splits of equal size (to one image), nothing
-    shuffled or left out. At multiples of ``split_size``, such as the customary 50,000, this is ADM's
-    evaluator to the last digit; ADM would give a remainder, however small, the weight of a full split. Over
-    processes, samples count in the order of ranks. Samples sorted by class lower the score: draw labels at
-    random.
-
-    Args:
-        num_logits: K.
-        split_size: images per split.
-    """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
-    logits: list[Tensor]
-
-    def __init__(self, *, num_logits: int, split_size: int = 5000, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if split_size < 1:
-            raise ValueError(f"split_size is {split_size}, must be >= 1 (images per split)")
-        self.num_logits = num_logits
-        self.split_size = split_size
-        self.add_state("logits", default=[], dist_reduce_fx="cat")
-
-    def update(self, logits: Tensor) -> None:
-        """Add logits (B, K) of generated images."""
-        self.logits.append(logits.detach().float())
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """A process without samples takes part with an empty block of the right width."""
-        if not self.logits:
-            self.logits.append(torch.zeros(0, self.num_logits, device=self.device))
-        super().sync(*args, **kwargs)
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Mean and population standard deviation over splits, float64 (0 for a single split)."""
-        logits = torch.cat(self.logits) if isinstance(self.logits, list) else self.logits
-        splits = max(1, logits.shape[0] // self.split_size)
-        scores = torch.stack([_inception_score(part) for part in logits.tensor_split(splits)])
-        return scores.mean(), scores.std(correction=0)
-
-
-def _inception_score(logits: Tensor) -> Tensor:
-    log_p = logits.double().log_softmax(dim=1)
-    p = log_p.exp()
-    return (p * (log_p - p.mean(dim=0, keepdim=True).log())).nan_to_num(0.0).sum(dim=1).mean().exp()
+def _sum_of_roots(product: np.ndarray) -> float | None:
+    """Sum of roots of the eigenvalues of a positive definite matrix; None where rounding could show in it."""
+    values = scipy.linalg.eigvalsh((product + product.T) / 2, driver="evr").clip(min=0.0)
+    error = len(values) ** 0.5 * EPS * values[-1]  # of each eigenvalue
+    roots = np.sqrt(values)
+    bound = np.minimum(np.sqrt(error), error / np.maximum(2 * roots, np.sqrt(error))).sum()
+    return float(roots.sum()) if bound <= MAX_ROOT_ERROR * roots.sum() else None
 
 
 def _moments(total: Tensor, second: Tensor, count: Tensor) -> Gaussian:

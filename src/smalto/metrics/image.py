@@ -1,5 +1,7 @@
-"""How close a reconstruction is to its image, pixel by pixel: PSNR and SSIM on uint8 pairs."""
+"""How close a reconstruction is to its image: PSNR, SSIM and LPIPS on uint8 pairs."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,17 +11,21 @@ from torchmetrics import Metric
 
 
 class _MeanOverImages(Metric):
-    """Sum of a per-image score and the number of images, added over processes."""
+    """Sums of a per-image score and of its square, and the number of images, added over processes."""
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
+    min_size = 1
+    """Shortest side of an image that has a score."""
     total: Tensor
+    square: Tensor
     count: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("square", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def score(self, image: Tensor, other: Tensor) -> Tensor:
@@ -35,14 +41,25 @@ class _MeanOverImages(Metric):
         if image.dtype != torch.uint8 or other.dtype != torch.uint8 or image.shape != other.shape:
             raise ValueError(
                 f"got {image.dtype} {tuple(image.shape)} and {other.dtype} {tuple(other.shape)}; "
-                "PSNR and SSIM compare uint8 images of one shape"
+                f"{type(self).__name__} compares uint8 images of one shape"
             )
-        self.total += self.score(image, other).double().sum()
+        if not len(image):
+            return
+        score = self.score(image, other).double()
+        self.total += score.sum()
+        self.square += score.square().sum()
         self.count += image.shape[0]
 
     def compute(self) -> Tensor:
         """Mean over images, float64 scalar; NaN when no image was seen."""
         return self.total / self.count
+
+    def mean_and_error(self) -> tuple[float, float]:
+        """Mean over images and its standard error, NaN where there are too few; all processes call it together."""
+        with self.sync_context():
+            mean = self.total / self.count
+            variance = (self.square / self.count - mean.square()).clamp_min(0) / (self.count - 1).clamp_min(0)
+            return float(mean), float(variance.sqrt()) if int(self.count) > 1 else math.nan
 
 
 class PSNR(_MeanOverImages):
@@ -77,6 +94,7 @@ class SSIM(_MeanOverImages):
     """
 
     WINDOW = 7
+    min_size = WINDOW
 
     def __init__(self, *, data_range: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -101,3 +119,24 @@ class SSIM(_MeanOverImages):
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
         numerator = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
         return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).flatten(1).mean(dim=1)
+
+
+class LPIPS(_MeanOverImages):
+    """Mean perceptual distance (Zhang et al. 2018) of uint8 pairs.
+
+    Args:
+        network: float pairs (B, 3, H, W) in [-1, 1] to distances, B in all; its name belongs to the metric's. Not
+            part of this metric's state.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, *, network: Callable[[Tensor, Tensor], Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.min_size = getattr(network, "min_size", 1)
+        self._network = [network]  # in a list: neither moved, saved nor copied with the metric
+
+    @torch.no_grad()
+    def score(self, image: Tensor, other: Tensor) -> Tensor:
+        """See the base class."""
+        return self._network[0](image / 127.5 - 1, other / 127.5 - 1).flatten()

@@ -1,10 +1,12 @@
 """What is remembered of the real images, so that they need not be looked at again."""
 
+import hashlib
+import json
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from smalto.metrics.distribution import Gaussian
 from smalto.metrics.probe import ClassMeans
 
 FORMAT = "smalto-reference"
-VERSION = 1
+VERSION = 2
 Kind = Literal["generation", "reconstruction"]
 KINDS = ("generation", "reconstruction")
 
@@ -28,10 +30,13 @@ class Reference:
         kind: ``generation`` (the training distribution a generator is compared with) or ``reconstruction``
             (the held-out images that were encoded and decoded). Mixing the two up is the best known way to
             irreproducible FID.
-        images: which images: a hash of their description, or a name.
+        images: which images: a name, or where they lay.
         gaussian: moments over all images.
         pool: (M, D) float32 features of the first M images, for precision and recall; M may be 0.
         classes: fitted class probe, None for images without labels.
+        spatial: moments of the spatial features, for sFID; None where they are not known.
+        content: chained hash of the pixels of all images in order, see `chain_hash`; empty where they were not seen.
+        protocol: how the images were made: size, crop, split; plain values.
     """
 
     extractor: str
@@ -40,6 +45,9 @@ class Reference:
     gaussian: Gaussian
     pool: Tensor
     classes: ClassMeans | None
+    spatial: Gaussian | None = None
+    content: str = ""
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -58,8 +66,9 @@ class Reference:
             )
         if self.kind != kind:
             raise ValueError(
-                f"{where} is for {self.kind}, asked for was {kind}; generated images are compared with the "
-                "training images, reconstructions with the images they were made from"
+                f"{where} is for {self.kind}, asked for was {kind}; generated images are compared with the training "
+                "distribution, reconstructions with the very images they were made from, in the same crop: the wrong "
+                "one has doubled an rFID before (4.28 for 2.19)"
             )
 
     def save(self, path: str | Path) -> None:
@@ -77,11 +86,13 @@ class Reference:
             "extractor": np.array(self.extractor),
             "kind": np.array(self.kind),
             "images": np.array(self.images),
-            "n": np.array(self.gaussian.n),
-            "mean": self.gaussian.mean.double().cpu().numpy(),
-            "cov": self.gaussian.cov.double().cpu().numpy(),
+            "content": np.array(self.content),
+            "protocol": np.array(json.dumps(self.protocol)),
             "pool": self.pool.float().cpu().numpy(),
+            **_gaussian_arrays(self.gaussian, ""),
         }
+        if self.spatial is not None:
+            arrays |= _gaussian_arrays(self.spatial, "spatial_")
         if self.classes is not None:
             arrays["class_mean"] = self.classes.mean.float().cpu().numpy()
             arrays["class_std"] = self.classes.std.float().cpu().numpy()
@@ -129,13 +140,46 @@ class Reference:
             extractor=str(arrays["extractor"]),
             kind=stored_kind,
             images=str(arrays["images"]),
-            gaussian=Gaussian(
-                mean=torch.from_numpy(arrays["mean"]),
-                cov=torch.from_numpy(arrays["cov"]),
-                n=int(arrays["n"]),
-            ),
+            gaussian=_gaussian(arrays, ""),
             pool=torch.from_numpy(arrays["pool"]),
             classes=classes,
+            spatial=_gaussian(arrays, "spatial_") if "spatial_mean" in arrays else None,
+            content=str(arrays["content"]),
+            protocol=json.loads(str(arrays["protocol"])),
         )
         reference.require(extractor=extractor, kind=kind, where=str(path))
         return reference
+
+
+def is_reference_file(path: Path) -> bool:
+    """Whether ``path`` is a file that `Reference.save` wrote (of any version), not an ``.npz`` of something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"format.npy", "extractor.npy", "kind.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def chain_hash(content: str, image: Tensor) -> str:
+    """Continue the hash ``content`` (empty at the start) by images uint8 (B, 3, H, W), one after the other.
+
+    The batches in which they come make no difference; their order does.
+    """
+    for pixels in image.cpu().contiguous().numpy():
+        shape = ",".join(map(str, pixels.shape)).encode()
+        content = hashlib.sha256(content.encode() + shape + pixels.tobytes()).hexdigest()
+    return content
+
+
+def _gaussian_arrays(gaussian: Gaussian, prefix: str) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}n": np.array(-1 if gaussian.n is None else gaussian.n),
+        f"{prefix}mean": gaussian.mean.double().cpu().numpy(),
+        f"{prefix}cov": gaussian.cov.double().cpu().numpy(),
+    }
+
+
+def _gaussian(arrays: dict[str, np.ndarray], prefix: str) -> Gaussian:
+    n = int(arrays[f"{prefix}n"])
+    mean, cov = (torch.from_numpy(arrays[f"{prefix}{name}"]) for name in ("mean", "cov"))
+    return Gaussian(mean=mean, cov=cov, n=None if n < 0 else n)

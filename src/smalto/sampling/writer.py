@@ -36,19 +36,44 @@ class PictureFolder:
         return np.stack([np.asarray(Image.open(self.file(i)).convert("RGB")) for i in indices])
 
 
-def pack_npz(folder: PictureFolder, count: int, path: Path, *, labels: np.ndarray, chunk: int = 256) -> None:
-    """Write ``arr_0`` uint8 (N, H, W, 3), the layout of ADM's evaluator, and ``labels``, a chunk at a time.
+def pack_npz(
+    folder: PictureFolder,
+    count: int,
+    path: Path,
+    *,
+    labels: np.ndarray | None = None,
+    shuffle_seed: int | None = 0,
+    chunk: int = 256,
+) -> None:
+    """Write ``arr_0`` uint8 (N, H, W, 3), the layout of ADM's evaluator, a chunk at a time.
 
-    Images go in the order of their numbers; 50,000 of 256 px need no more memory than one chunk.
+    Images are shuffled, because that evaluator takes the Inception Score over consecutive splits: sorted by class it
+    comes out far too low. ``index`` int64 (N,) holds the number of each image, ``labels`` (N,) its label if given.
+    50,000 images of 256 px need no more memory than one chunk.
+
+    Args:
+        folder: the images.
+        count: the first so many of them.
+        path: the file; it appears under its name only when complete.
+        labels: (N,) in the order of image numbers.
+        shuffle_seed: equal seeds give equal orders, so that originals and reconstructions stay pairs; None keeps the
+            order of the numbers.
+        chunk: images read together.
     """
+    order = np.arange(count) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(count)
     height, width, _ = folder.read([0])[0].shape
     unfinished = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for start in range(0, count, chunk):
-                stream.write(folder.read(range(start, min(start + chunk, count))).tobytes())
-        with archive.open("labels.npy", "w") as stream:
-            np.lib.format.write_array(stream, labels, allow_pickle=False)
-    unfinished.replace(path)
+    beside = {"index": order} | ({} if labels is None else {"labels": labels[order]})
+    try:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for start in range(0, count, chunk):
+                    stream.write(folder.read(order[start : start + chunk].tolist()).tobytes())
+            for name, array in beside.items():
+                with archive.open(f"{name}.npy", "w") as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""``.npz`` files in the layout of ADM's evaluator: images in place, statistics if there are any."""
+
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+IMAGES_KEY = "arr_0"
+LABEL_KEYS = ("labels", "arr_1")
+STATISTICS_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
+_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field end the fixed part of a zip member's header
+
+
+@dataclass(frozen=True)
+class NpzStatistics:
+    """Moments of Inception features as ADM's reference files hold them; float64 arrays.
+
+    Args:
+        mu: (2048,).
+        sigma: (2048, 2048).
+        mu_s: (2023,) of the spatial features; None when the file lacks them.
+        sigma_s: (2023, 2023).
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    mu_s: np.ndarray | None
+    sigma_s: np.ndarray | None
+
+
+def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images uint8 (N, H, W, 3) and labels (N,) of a file.
+
+    The array is mapped where it is stored without compression, as ``np.savez`` and ADM do; else it is read whole.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ``.npz``, no images, or images of another form.
+    """
+    names = npz_names(path)
+    if IMAGES_KEY not in names:
+        raise ValueError(
+            f"{path} has no images: {IMAGES_KEY} is missing, it holds {', '.join(sorted(names)) or 'nothing'}"
+        )
+    images = _mapped(path, IMAGES_KEY)
+    if images is None:
+        with np.load(path, allow_pickle=False) as file:
+            images = file[IMAGES_KEY]
+    if images.dtype != np.uint8:
+        bad = " with NaN or infinite pixels" if images.dtype.kind == "f" and not np.isfinite(images).all() else ""
+        raise ValueError(
+            f"{path}: {IMAGES_KEY} is {images.dtype}{bad}; images must be uint8 in [0, 255], rounded by their maker"
+        )
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
+    with np.load(path, allow_pickle=False) as file:
+        for key in LABEL_KEYS:
+            if key in names and file[key].shape == (len(images),) and file[key].dtype.kind in "iu":
+                return images, file[key]
+    return images, None
+
+
+def read_npz_statistics(path: Path) -> NpzStatistics | None:
+    """The statistics of a file; None when it has none.
+
+    Raises:
+        ValueError: only a part of them, or shapes that do not fit together, or values that are not finite.
+    """
+    names = npz_names(path)
+    if not names & set(STATISTICS_KEYS):
+        return None
+    if not {"mu", "sigma"} <= names or ("mu_s" in names) != ("sigma_s" in names):
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(names & set(STATISTICS_KEYS)))}; statistics are mu and sigma, and mu_s "
+            "with sigma_s for sFID"
+        )
+    with np.load(path, allow_pickle=False) as file:
+        found = {key: np.asarray(file[key], dtype=np.float64) if key in names else None for key in STATISTICS_KEYS}
+    for mean_key, cov_key in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        mean, cov = found[mean_key], found[cov_key]
+        if mean is None or cov is None:
+            continue
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{path}: {mean_key} has shape {mean.shape}, {cov_key} {cov.shape}; must be (D,) and (D, D)"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            raise ValueError(f"{path}: {mean_key} or {cov_key} holds NaN or infinite values; the file is damaged")
+    return NpzStatistics(**found)  # type: ignore[arg-type]
+
+
+def npz_names(path: Path) -> set[str]:
+    """Names of the arrays in a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ``.npz`` file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no .npz file, or it was not written to its end: {error}") from error
+
+
+def _mapped(path: Path, key: str) -> np.ndarray | None:
+    """An array in place; None when it is compressed or of a kind that cannot be mapped."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{key}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version not in read:
+                return None
+            shape, fortran, dtype = read[version](member)
+            header = member.tell()
+    if dtype.hasobject or 0 in shape:
+        return None
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    start = info.header_offset + _LOCAL_HEADER.size + name + extra + header
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape, offset=start, order="F" if fortran else "C")

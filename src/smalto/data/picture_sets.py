@@ -1,0 +1,228 @@
+"""Sets of finished images, as evaluation meets them: a folder, an ``.npz`` in ADM's layout, or image shards."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smalto.data.npz_images import open_npz_images
+from smalto.data.patterns import is_foreign, scan_foreign
+from smalto.data.reader import ImageReader, stack_pixels
+from smalto.data.shards import IMAGES, META, read_meta
+from smalto.data.sources import Folder
+from smalto.data.transforms import center_crop, decode_image
+
+Split = Literal["train", "val"]
+
+
+class PictureSet(ABC):
+    """A number of images of one size, read by number.
+
+    Attributes:
+        path: where they are.
+        num_classes: of the labels; None for images without.
+        labels: int64 (N,); None for images without.
+        settings: what decides the pixels, for protocols and cache keys; plain values.
+    """
+
+    path: Path
+    num_classes: int | None = None
+    labels: Tensor | None = None
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Images uint8 (B, 3, H, W).
+
+        Raises:
+            ValueError: an image that cannot be used: damaged, 16-bit, of another size than the others.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the files do, as far as can be told without reading the images."""
+
+    def name(self, index: int) -> str:
+        """Of one image, by which pairs of two sets are matched."""
+        return f"{index:06d}"
+
+
+class FolderPictures(PictureSet):
+    """Image files below a folder, in the order of their paths; the first says the size unless ``image_size`` does.
+
+    Args:
+        path: the folder.
+        image_size: side to which images are cropped as ADM does; None takes them as they are.
+
+    Raises:
+        FileNotFoundError: no folder, or no images in it.
+    """
+
+    def __init__(self, path: Path, *, image_size: int | None) -> None:
+        self.path, self._image_size = path, image_size
+        self._source = Folder(path=path)
+        self._names = [self._source.name(i) for i in range(len(self._source))]
+        self._size = (image_size, image_size) if image_size else self._open(0).size
+        self.settings = {"path": str(path), "image_size": image_size, "crop": "center" if image_size else "none"}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Path below the folder without its suffix: a PNG and a JPEG of one image are a pair."""
+        return str(Path(self._names[index]).with_suffix(""))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """See the base class; decodes in threads."""
+        with ThreadPoolExecutor(4) as pool:
+            pixels = list(pool.map(self._pixels, indices))
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of the files."""
+        stats = ((self.path / name).stat() for name in self._names)
+        return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(self._names, stats, strict=True)])
+
+    def _pixels(self, index: int) -> np.ndarray:
+        image = self._open(index)
+        if self._image_size and image.size != self._size:
+            image = center_crop(image, self._image_size)
+        if image.size != self._size:
+            raise ValueError(
+                f"{self.path} holds images of several sizes: {self._names[0]} has {self._size[0]}x{self._size[1]} "
+                f"pixels, {self._names[index]} has {image.width}x{image.height}; give image_size=SIDE to crop them all"
+            )
+        return np.asarray(image)
+
+    def _open(self, index: int) -> Image.Image:
+        data = (self.path / self._names[index]).read_bytes()
+        try:
+            with Image.open(BytesIO(data)) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8-bit RGB")
+            return decode_image(data)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.path / self._names[index]}: {error}") from error
+
+
+class NpzPictures(PictureSet):
+    """The images ``arr_0`` of an ``.npz`` file, in place; labels are ``labels``, or ADM's ``arr_1``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ``arr_0``, or not uint8 (N, H, W, 3).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._images, labels = open_npz_images(path)
+        self.settings = {"path": str(path), "image_size": self._images.shape[1], "crop": "none"}
+        if labels is not None:
+            self.labels = torch.from_numpy(labels.astype(np.int64))
+            self.num_classes = int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """See the base class."""
+        pixels = np.ascontiguousarray(self._images[np.asarray(indices)])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def fingerprint(self) -> str:
+        """Of the file's size and time."""
+        stat = self.path.stat()
+        return _digest([self.path.name, stat.st_size, stat.st_mtime_ns])
+
+
+class ShardPictures(PictureSet):
+    """One split of image shards, centre-cropped where they do not have ``image_size``, never mirrored.
+
+    Raises:
+        ValueError: no images in the split, or no ``image_size`` where the images have several.
+    """
+
+    def __init__(self, path: Path, *, image_size: int | None, split: Split) -> None:
+        meta = scan_foreign(path) if is_foreign(path) else read_meta(path, IMAGES)
+        stored = meta["image_size"]
+        if image_size is None and (stored is None or stored[0] != stored[1]):
+            raise ValueError(f"{path} holds images of several shapes; give image_size=SIDE to crop them all")
+        self._side = image_size or stored[0]
+        self._reader = ImageReader(path, meta, split)
+        if not len(self._reader):
+            raise ValueError(
+                f"{path} has no {split} images; choose the other with reference_split=, or prepare with "
+                "val_fraction > 0"
+            )
+        self._crop = stored is None or tuple(stored) != (self._side, self._side)
+        self.path = path
+        self.settings = {
+            "path": str(path),
+            "split": split,
+            "image_size": self._side,
+            "crop": "center" if self._crop else "none",
+        }
+        if self._reader.labels.min() >= 0:
+            self.labels = torch.from_numpy(self._reader.labels)
+            self.num_classes = meta["num_classes"] or int(self._reader.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """See the base class."""
+        if not self._crop:
+            return torch.from_numpy(self._reader.pixels(np.asarray(indices)))
+        return torch.from_numpy(stack_pixels([center_crop(self._reader.read(int(i)), self._side) for i in indices]))
+
+    def fingerprint(self) -> str:
+        """Of meta.json, which has the hash of every shard; of foreign shards, their names, sizes and times."""
+        meta = self.path / META
+        if meta.is_file():
+            return _digest([hashlib.sha256(meta.read_bytes()).hexdigest()])
+        stats = ((path.name, path.stat()) for path in self._reader.paths)
+        return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
+def open_pictures(path: str | Path, *, image_size: int | None = None, split: Split = "val") -> PictureSet:
+    """The images at ``path``, whatever holds them.
+
+    Args:
+        path: a folder of images, an ``.npz`` file with ``arr_0``, or image shards (a folder, a tar, a pattern).
+        image_size: crop images to this side, as ADM does; None takes them as they are.
+        split: of image shards.
+
+    Raises:
+        FileNotFoundError: nothing there, or no images.
+        ValueError: images that cannot be used.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        pictures = NpzPictures(path)
+        if image_size not in (None, pictures.settings["image_size"]):
+            raise ValueError(
+                f"{path} has images of {pictures.settings['image_size']} px, image_size is {image_size}; resize them "
+                "before they are packed: how they are resized is part of a protocol"
+            )
+        return pictures
+    if (path / META).is_file() or is_foreign(path):
+        return ShardPictures(path, image_size=image_size, split=split)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder, .npz file or image shards at {path}; check the path")
+    return FolderPictures(path, image_size=image_size)
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

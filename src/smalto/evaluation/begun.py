@@ -1,0 +1,63 @@
+"""Long measurements that a kill does not undo: their sums in a file now and then."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+SAVE_SECONDS = 60.0
+"""A measurement that was killed loses no more than this."""
+
+
+class Resumable(Protocol):
+    """Metrics that can be put aside."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything seen so far."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class Begun:
+    """A measurement on its way.
+
+    Args:
+        file: where it is put aside; its name must depend on all that decides the sums.
+        metrics: what is measured.
+    """
+
+    def __init__(self, file: Path, metrics: Resumable) -> None:
+        self._file, self._metrics = file, metrics
+        self._saved = time.monotonic()
+
+    def restore(self, extra: Any = None) -> tuple[int, Any]:
+        """Number of batches that the metrics have seen already, and what was kept beside them (else ``extra``)."""
+        if not self._file.exists():
+            return 0, extra
+        state: dict[str, Any] = torch.load(self._file, weights_only=True)
+        self._metrics.load_state(state["metrics"])
+        return state["done"], state["extra"]
+
+    def save(self, done: int, extra: Any = None) -> None:
+        """Put it aside after ``done`` batches, if the last time is long ago."""
+        if time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".tmp")
+        torch.save({"metrics": self._metrics.state(), "done": done, "extra": extra}, unfinished)
+        os.replace(unfinished, self._file)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """There is a result now."""
+        self._file.unlink(missing_ok=True)
+
+
+def batches(indices: range, size: int) -> Iterator[range]:
+    """Consecutive parts of at most ``size``."""
+    for start in range(indices.start, indices.stop, size):
+        yield range(start, min(start + size, indices.stop))

@@ -1,0 +1,123 @@
+"""Generated images to scores: one pass of drawing, decoding and feature extraction, measured at several counts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smalto.data.picture_sets import PictureSet
+from smalto.data.progress import progress
+from smalto.data.ranks import Ranks
+from smalto.evaluation.begun import batches
+from smalto.evaluation.blocks import FeatureBlocks
+from smalto.metrics.features import Features
+from smalto.metrics.scores import Scores
+from smalto.metrics.suite import GenerationMetrics
+from smalto.sampling.requests import image_seeds, wanted_labels
+from smalto.types import SamplesImages, SamplingConfig
+
+Draw = Callable[[range], tuple[Tensor, Tensor | None]]
+"""Images uint8 (B, 3, H, W) by their numbers, and the labels (B,) they were asked for."""
+
+
+def from_task(task: SamplesImages, *, classes: Sequence[int], labels: str, sampling: SamplingConfig, seed: int) -> Draw:
+    """Draw from a generator; image i depends on the settings, ``seed`` and i only."""
+
+    def draw(indices: range) -> tuple[Tensor, Tensor]:
+        label = wanted_labels(labels, indices, classes, seed)
+        return task.sample_images(label, sampling=sampling, seeds=image_seeds(seed, indices)), label
+
+    return draw
+
+
+def from_codes(task: Any, *, weights: Tensor, classes: Sequence[int], labels: str, seed: int) -> Draw:
+    """Pictures of codes drawn place by place from ``weights`` (L, K), blind to each other: what counting explains."""
+
+    def draw(indices: range) -> tuple[Tensor, Tensor]:
+        rows = []
+        for image in image_seeds(seed, indices).tolist():
+            generator = torch.Generator().manual_seed(image)
+            rows.append(torch.multinomial(weights, 1, generator=generator).squeeze(1))
+        return task.decode_codes(torch.stack(rows).to(task.device)), wanted_labels(labels, indices, classes, seed)
+
+    return draw
+
+
+def from_pictures(pictures: PictureSet) -> Draw:
+    """Images made elsewhere."""
+
+    def draw(indices: range) -> tuple[Tensor, Tensor | None]:
+        label = None if pictures.labels is None else pictures.labels[indices.start : indices.stop]
+        return pictures.read(indices), label
+
+    return draw
+
+
+def settings_grid(base: SamplingConfig, **choices: Sequence[float] | None) -> list[SamplingConfig]:
+    """All combinations of some fields of `SamplingConfig`; a field without choices stays that of ``base``."""
+    given = {name: values for name, values in choices.items() if values}
+    combinations: Iterator[dict[str, Any]] = (
+        dict(zip(given, values, strict=True)) for values in product(*given.values())
+    )
+    return [replace(base, **chosen) for chosen in combinations]
+
+
+def measure_samples(
+    draw: Draw,
+    *,
+    suite: GenerationMetrics,
+    tiers: Sequence[int],
+    blocks_dir: Path,
+    batch_size: int,
+    name: str,
+    ranks: Ranks,
+    keep: Callable[[range, Tensor], None] | None = None,
+) -> dict[int, Scores]:
+    """Scores of the first ``tiers[i]`` images each; all images are drawn once, on all processes together.
+
+    Args:
+        draw: makes images.
+        suite: with the real side; the generated side is begun anew, on rank 0.
+        tiers: counts.
+        blocks_dir: for features of finished images; a killed measurement with the same folder goes on.
+        batch_size: images drawn together.
+        name: for the progress bar.
+        ranks: the processes.
+        keep: gets image numbers and images, for instance to write them.
+
+    Returns:
+        By count; empty on other ranks than 0.
+    """
+    blocks = FeatureBlocks(blocks_dir, count=max(tiers), edges=tiers)
+    mine = sum(len(block) for block in blocks.blocks[ranks.rank :: ranks.world_size])
+    missing = blocks.missing(rank=ranks.rank, world_size=ranks.world_size)
+    with progress(name, total=mine, done=mine - sum(map(len, missing))) as advance:
+        for block in missing:
+            parts, labels = [], []
+            for indices in batches(block, batch_size):
+                image, label = draw(indices)
+                if keep is not None:
+                    keep(indices, image)
+                parts.append(suite.features(image.to(suite.device)))
+                labels.append(label)
+                advance(len(indices))
+            known = [label for label in labels if label is not None]
+            blocks.write(block, Features.joined(parts), torch.cat(known) if len(known) == len(labels) else None)
+    ranks.wait()
+    return _scores(blocks, suite, tiers) if ranks.first else {}
+
+
+def _scores(blocks: FeatureBlocks, suite: GenerationMetrics, tiers: Sequence[int]) -> dict[int, Scores]:
+    suite.reset_fake()
+    found: dict[int, Scores] = {}
+    for block, features, label in blocks.read():
+        features = Features(**{name: value.to(suite.device) for name, value in vars(features).items()})
+        suite.update_fake_features(features, label, torch.from_numpy(np.arange(block.start, block.stop)))
+        if block.stop in tiers:
+            found[block.stop] = suite.compute()
+    return found
