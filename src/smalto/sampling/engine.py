@@ -1,0 +1,152 @@
+"""A GPT laid out for decoding: the same logits as ``GPT.prefill`` and ``GPT.step``, a few times sooner.
+
+What makes the difference, in the order of what it brings on a CPU: weights packed once for few rows and in half
+precision (:mod:`smalto.sampling.packed`); gate and up projection in one matrix; norm scales folded into the matrix
+behind them; rotary pairs as one complex product; grouped queries attending as the rows of one query matrix, so that
+keys and values are never repeated. ``models/gpt.py`` stays the readable statement of what is computed.
+
+Legend: B batch, T positions, C width, H heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalto.models.gpt import GPT
+from smalto.nn.block import TransformerBlock
+from smalto.nn.kv_cache import KVCache
+from smalto.nn.norm import RMSNorm
+from smalto.sampling.autoregressive import NullCondition
+from smalto.sampling.packed import Linear, packed_linear, resolve_dtype
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How decoding computes.
+
+    Args:
+        dtype: ``auto`` | ``fp32`` | ``bf16`` | ``fp16``, see :func:`smalto.sampling.packed.resolve_dtype`.
+    """
+
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
+            resolve_dtype(self.dtype, torch.device("cpu"))
+
+
+class _Layer:
+    """The packed weights of one block."""
+
+    def __init__(self, block: TransformerBlock, *, dtype: str, rows: int) -> None:
+        attention, ffn = block.attention, block.ffn
+        self.qkv = _fold(block.attention_norm, [attention.qkv.weight], dtype=dtype, rows=rows)
+        self.proj = packed_linear(attention.proj.weight, dtype=dtype, rows=rows)
+        self.gate_up = _fold(block.ffn_norm, [ffn.gate.weight, ffn.up.weight], dtype=dtype, rows=rows)
+        self.down = packed_linear(ffn.down.weight, dtype=dtype, rows=rows)
+        self.attention_eps, self.ffn_eps = block.attention_norm.eps, block.ffn_norm.eps
+
+
+def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int) -> Linear:
+    """One matrix of several that read the same normalised input, with the norm's scale in its columns."""
+    stacked = torch.cat([weight.detach().float() for weight in weights])
+    return packed_linear(stacked * norm.weight.detach().float(), dtype=dtype, rows=rows)
+
+
+class DecodeEngine:
+    """A snapshot of a model's weights that decodes; later changes of the model do not reach it.
+
+    Takes the model's place in :func:`smalto.sampling.autoregressive.generate`. The residual stream and the logits
+    are float32 in every dtype.
+
+    With ``fp32`` and ``fp16`` on a CPU every operation treats rows alike, so that an image is the same bit for bit
+    whatever images it is drawn with. With ``bf16``, and on other devices, kernels may round differently for other
+    numbers of rows; a code then changes when a uniform falls between the two roundings.
+
+    Args:
+        model: on the device to decode on; its conditioner and embedding are used as they are.
+        dtype: see :class:`EngineConfig`.
+        rows: number of rows of a step the layout is chosen for, twice the images under guidance.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, *, dtype: str = "auto", rows: int) -> None:
+        self.model = model
+        self.num_codes = model.num_codes
+        self.conditioner: NullCondition = model.conditioner
+        weight = model.token_embedding.weight
+        self.dtype = resolve_dtype(dtype, weight.device)
+        self.compute = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in model.blocks]  # type: ignore[arg-type]
+        self.output = _fold(model.norm, [model.output.weight], dtype=self.dtype, rows=rows)
+        self.rope = torch.view_as_complex(model.rope.float().contiguous()).unsqueeze(1)
+        self.head_dim, self.num_kv_heads = model.head_dim, model.num_kv_heads
+        self.num_heads = model.dim // model.head_dim
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """A cache for one image per row."""
+        return KVCache(
+            num_layers=len(self.layers),
+            batch_size=batch_size,
+            num_kv_heads=self.num_kv_heads,
+            max_length=self.model.conditioner.num_tokens + self.num_codes - 1,
+            head_dim=self.head_dim,
+            dtype=self.compute,
+            device=self.rope.device,
+        )
+
+    def prefill(self, condition: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
+        """As :meth:`smalto.models.gpt.GPT.prefill`."""
+        prefix = self.model.conditioner(condition).float()
+        mask = None
+        if condition_mask is not None:
+            cache.prefix_mask = condition_mask
+            mask = GPT._causal_mask(condition_mask, prefix.shape[1])
+        return self._decode(prefix, cache, mask)
+
+    def step(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """As :meth:`smalto.models.gpt.GPT.step`."""
+        mask = None
+        if cache.prefix_mask is not None:
+            mask = F.pad(cache.prefix_mask, (0, cache.length + 1 - cache.prefix_mask.shape[1]), value=True)
+            mask = mask[:, None, None, :]
+        return self._decode(self.model.token_embedding(codes).float().unsqueeze(1), cache, mask)
+
+    def _decode(self, x_BTC: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        batch, length, dim = x_BTC.shape
+        x = x_BTC.reshape(batch * length, dim)  # a copy of an embedding's row: the loop adds in place
+        if x.data_ptr() == x_BTC.data_ptr():
+            x = x.clone()
+        rope = self.rope[cache.length : cache.length + length]
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._normalise(x, layer.attention_eps)).view(batch, length, -1, self.head_dim)
+            x += layer.proj(self._attend(qkv, rope, cache, i, mask).view(batch * length, dim))
+            gate, up = layer.gate_up(self._normalise(x, layer.ffn_eps)).chunk(2, dim=-1)
+            x += layer.down(F.silu(gate).mul_(up))
+        cache.advance(length)
+        last = x.view(batch, length, dim)[:, -1]
+        return self.output(self._normalise(last, self.model.norm.eps)).float()
+
+    def _normalise(self, x: Tensor, eps: float) -> Tensor:
+        """Root mean square 1; the scale per channel is in the next matrix."""
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        return (x * mean.add_(eps).rsqrt_()).to(self.compute)
+
+    def _attend(self, qkv: Tensor, rope: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
+        """(B, T, H + 2 KV, D) to (B, T, H D): turn, append to the cache, attend."""
+        turning = self.num_heads + self.num_kv_heads
+        turned = qkv[:, :, :turning].float()
+        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(rope)
+        q, k = turned.to(self.compute).transpose(1, 2).split([self.num_heads, self.num_kv_heads], dim=1)
+        k, v = cache.update(layer, k, qkv[:, :, turning:].transpose(1, 2))
+        batch, _, length, _ = q.shape
+        if length == 1:
+            # The queries of a group become rows of one matrix: the same product, and no key is repeated.
+            q = q.reshape(batch, self.num_kv_heads, -1, self.head_dim)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, 1, -1)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+        )
+        return out.transpose(1, 2).reshape(batch, length, -1)
