@@ -14,6 +14,7 @@ from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
 from smalto.data.transforms import to_pixels
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
+from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.requests import balanced_labels
 from smalto.sampling.service import draw_images
 from smalto.sampling.sheet import image_sheet
@@ -28,7 +29,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Write ``num_images`` samples of ``ckpt``; returns where they are.
 
     Raises:
-        ValueError: not a generator's checkpoint, labels it does not know, settings out of range.
+        ValueError: not a generator's checkpoint, labels it does not know, settings out of range, a device or dtype
+            that is not there, a batch that memory does not hold.
         FileExistsError: ``out`` is in use, or holds samples of other settings.
     """
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
@@ -37,6 +39,9 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{config.ckpt} is a {loaded.kind}; samples are drawn from a generator (smalto train task=gpt)"
         )
     sampling: SamplingConfig = build(config.sampling)
+    loaded.task.engine = build(config.engine)
+    loaded.task.to(wanted_device(config.device))
+    resolve_dtype(config.engine.dtype, loaded.task.device)  # refused here, not when the folder is there
     classes = wanted_classes(config.labels, loaded)
     out = Path(config.out or default_folder(config, loaded, sampling))
     stat = Path(config.ckpt).stat()
@@ -109,8 +114,7 @@ def write_images(
     config: DictConfig, loaded: LoadedTask, sampling: SamplingConfig, classes: list[int], out: Path
 ) -> float:
     """Draw what is missing, then the sheet and the array; returns images per second."""
-    task = loaded.task.to(wanted_device(config.device))
-    task.engine = build(config.engine)
+    task = loaded.task
     pictures = PictureFolder(out / "images")
     todo = pictures.missing(range(config.num_images))
     start = time.perf_counter()
