@@ -19,7 +19,7 @@ from smalto.nn.block import TransformerBlock
 from smalto.nn.kv_cache import KVCache
 from smalto.nn.norm import RMSNorm
 from smalto.sampling.autoregressive import NullCondition
-from smalto.sampling.packed import Linear, packed_linear, resolve_dtype
+from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,18 @@ class _Layer:
         self.proj = packed_linear(attention.proj.weight, dtype=dtype, rows=rows)
         self.gate_up = _fold(block.ffn_norm, [ffn.gate.weight, ffn.up.weight], dtype=dtype, rows=rows)
         self.down = packed_linear(ffn.down.weight, dtype=dtype, rows=rows)
-        self.attention_eps, self.ffn_eps = block.attention_norm.eps, block.ffn_norm.eps
+        self.attention_floor, self.ffn_floor = _norm_floor(block.attention_norm), _norm_floor(block.ffn_norm)
 
 
 def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int) -> Linear:
-    """One matrix of several that read the same normalised input, with the norm's scale in its columns."""
+    """One matrix of several that read the same normalised input, with the norm's factors in its columns."""
     stacked = torch.cat([weight.detach().float() for weight in weights])
-    return packed_linear(stacked * norm.weight.detach().float(), dtype=dtype, rows=rows)
+    return packed_linear(stacked * (norm.weight.detach().float() * stacked.shape[1] ** 0.5), dtype=dtype, rows=rows)
+
+
+def _norm_floor(norm: RMSNorm) -> Tensor:
+    """sqrt(C eps): ``x / sqrt(mean(x^2) + eps)`` is ``sqrt(C) x / hypot(|x|, sqrt(C eps))``, in fewer operations."""
+    return norm.weight.new_tensor(norm.weight.numel() * norm.eps, dtype=torch.float32).sqrt()
 
 
 class DecodeEngine:
@@ -81,6 +86,7 @@ class DecodeEngine:
         self.compute = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in model.blocks]  # type: ignore[arg-type]
         self.output = _fold(model.norm, [model.output.weight], dtype=self.dtype, rows=rows)
+        self.floor = _norm_floor(model.norm)
         self.rope = torch.view_as_complex(model.rope.float().contiguous()).unsqueeze(1)
         self.head_dim, self.num_kv_heads = model.head_dim, model.num_kv_heads
         self.num_heads = model.dim // model.head_dim
@@ -116,30 +122,38 @@ class DecodeEngine:
 
     def _decode(self, x_BTC: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         batch, length, dim = x_BTC.shape
-        x = x_BTC.reshape(batch * length, dim)  # a copy of an embedding's row: the loop adds in place
-        if x.data_ptr() == x_BTC.data_ptr():
-            x = x.clone()
+        rows = batch * length
+        x = self._pad(x_BTC.reshape(rows, dim))
         rope = self.rope[cache.length : cache.length + length]
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._normalise(x, layer.attention_eps)).view(batch, length, -1, self.head_dim)
-            x += layer.proj(self._attend(qkv, rope, cache, i, mask).view(batch * length, dim))
-            gate, up = layer.gate_up(self._normalise(x, layer.ffn_eps)).chunk(2, dim=-1)
+            qkv = layer.qkv(self._normalise(x, layer.attention_floor))[:rows]
+            attended = self._attend(qkv.view(batch, length, -1, self.head_dim), rope, cache, i, mask)
+            x = x + layer.proj(self._pad(attended.view(rows, dim)))
+            gate, up = layer.gate_up(self._normalise(x, layer.ffn_floor)).chunk(2, dim=-1)
             x += layer.down(F.silu(gate).mul_(up))
         cache.advance(length)
-        last = x.view(batch, length, dim)[:, -1]
-        return self.output(self._normalise(last, self.model.norm.eps)).float()
+        if length > 1:
+            x = self._pad(x[:rows].view(batch, length, dim)[:, -1])
+        return self.output(self._normalise(x, self.floor))[:batch].float()
 
-    def _normalise(self, x: Tensor, eps: float) -> Tensor:
-        """Root mean square 1; the scale per channel is in the next matrix."""
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        return (x * mean.add_(eps).rsqrt_()).to(self.compute)
+    def _pad(self, x: Tensor) -> Tensor:
+        """Rows for the matrix kernels; those beyond the real ones are zero and their results unused."""
+        more = uniform_rows(x.shape[0], self.dtype) - x.shape[0]
+        return F.pad(x, (0, 0, 0, more)) if more else x
+
+    def _normalise(self, x: Tensor, floor: Tensor) -> Tensor:
+        """Root mean square 1 / sqrt(C); what is left of the norm is in the next matrix."""
+        normed = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+        return normed if self.compute == torch.float32 else normed.to(self.compute)
 
     def _attend(self, qkv: Tensor, rope: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """(B, T, H + 2 KV, D) to (B, T, H D): turn, append to the cache, attend."""
         turning = self.num_heads + self.num_kv_heads
         turned = qkv[:, :, :turning].float()
         torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(rope)
-        q, k = turned.to(self.compute).transpose(1, 2).split([self.num_heads, self.num_kv_heads], dim=1)
+        if self.compute != torch.float32:
+            turned = turned.to(self.compute)
+        q, k = turned[:, :, : self.num_heads].transpose(1, 2), turned[:, :, self.num_heads :].transpose(1, 2)
         k, v = cache.update(layer, k, qkv[:, :, turning:].transpose(1, 2))
         batch, _, length, _ = q.shape
         if length == 1:

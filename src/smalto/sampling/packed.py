@@ -77,17 +77,14 @@ class _OneDNNLinear:
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return self.multiply(x, self.weight, None, "none", [], "")
 
 
 class _Fp16Linear:
-    """FBGEMM: float16 weights widened in registers, float32 activations and sums.
-
-    Its kernels for one and two rows add in another order than the others. Rows are padded to a count without them,
-    so that a row's result is the same bit for bit whatever rows it comes with.
-    """
+    """FBGEMM: float16 weights widened in registers, float32 activations and sums."""
 
     def __init__(self, weight: Tensor) -> None:
         if weight.numel() and float(weight.abs().max()) > _FP16_MAX:
@@ -96,19 +93,22 @@ class _Fp16Linear:
                 "use engine.dtype=fp32"
             )
         self.packed: Any = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
+        self.multiply = torch.ops.quantized.linear_dynamic_fp16.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dim() > 2:
-            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        rows = x.shape[0]
-        padding = _uniform_rows(rows) - rows
-        if padding == 0:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return torch.ops.quantized.linear_dynamic_fp16(F.pad(x, (0, 0, 0, padding)), self.packed)[:rows]
+        return self.multiply(x, self.packed)
+
+
+def uniform_rows(rows: int, dtype: str) -> int:
+    """The number of rows to compute so that each comes out the same bit for bit whatever rows it comes with.
+
+    FBGEMM's kernels for one and two rows add in another order than its others; a few more rows keep those away.
+    """
+    return _uniform_fp16_rows(rows) if dtype == "fp16" else rows
 
 
 @cache
-def _uniform_rows(rows: int) -> int:
+def _uniform_fp16_rows(rows: int) -> int:
     """The next number of rows at which FBGEMM rounds as it does for a multiple of 12 rows; found by trying."""
     generator = torch.Generator().manual_seed(0)
     packed: Any = torch.ops.quantized.linear_prepack_fp16(torch.randn(16, 512, generator=generator), None)
