@@ -1,7 +1,32 @@
 """Speed of sampling: ``PYTHONPATH=src:tests python -m benchmarks.sampling [size=B] [images=8] [threads=1] [rounds=9]``.
 
 ``peer=PATH`` adds the authors' code from a checkout of FoundationVision/LlamaGen, fp32 and bf16. Prints milliseconds
-per decode step and ratios as JSON lines.
+per decode step and ratios as JSON lines; "read" is one pass over the float32 weights that a step streams.
+
+What was tried for the engine, on two cores of an AVX2 machine (no AVX-512, no bfloat16 in hardware), one thread, all
+matrices of one step of B in ms at 2 / 16 / 32 rows; "read" took 20-25 on the same machine:
+
+    F.linear fp32                         58 /  99 / 127
+    oneDNN packed fp32                    32 /  71 / 106   taken for fp32; rows round alike
+    MKL packed fp32                       40 /  89 / 117
+    F.linear bf16                         42 /   - /   -   emulated
+    FBGEMM fp16 weights, fp32 sums        16 /  44 /  76   taken as ``auto`` here; 12 times closer to fp32 than bf16
+    int8 weights, bf16 activations        21 /  86 / 154   does not pay beside fp16
+    int8 weights, int8 activations        10 /  22 /  41   not taken: one scale for all rows, images would depend on
+                                                           their neighbours; its constructors are deprecated
+    huge pages for all of these           3 % less         not taken
+
+Attention over a prefix of 129 takes 20 ms at 16 rows, twice a read of its keys and values. The fused kernel, products
+and sums, and a cache with transposed keys take as long as two bmm; only bmm gives a row the same bits on every thread,
+so it is taken. Half-precision caches are 2 to 4 times slower without hardware for them; a compiled kernel gains 35 % of
+it with a half-precision cache, nothing with float32. Matrices and attention are 93 % of a step of 8 images: compiling
+the rest was not pursued.
+
+Rotary pairs as a complex product: 15 us instead of 290 as a rotated half (32 rows). A norm as ``x / hypot(|x|, c)``:
+three operations instead of six, which with other such savings took dispatch from 5.5 to 3.7 ms per step.
+
+Floors there: 8 images with guidance are 3.1 GFLOP and 150 MB of cache per step, 31 + 10 ms at 100 GFLOP/s and
+15 GB/s; 16 images 62 + 20 ms.
 """
 
 import json

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.models.conditioner import TextConditioner
 from smalto.models.gpt import GPT
 from smalto.nn.block import TransformerBlock
 from smalto.nn.kv_cache import KVCache
@@ -42,7 +43,10 @@ class _Layer:
 
     def __init__(self, block: TransformerBlock, *, dtype: str, rows: int) -> None:
         attention, ffn = block.attention, block.ffn
-        self.qkv = _fold(block.attention_norm, [attention.qkv.weight], dtype=dtype, rows=rows)
+        num_queries = attention.num_heads * attention.head_dim
+        queries, others = attention.qkv.weight.detach().float().tensor_split([num_queries])
+        queries = queries * attention.head_dim**-0.5  # the scale of attention scores
+        self.qkv = _fold(block.attention_norm, [queries, others], dtype=dtype, rows=rows)
         self.proj = packed_linear(attention.proj.weight, dtype=dtype, rows=rows)
         self.gate_up = _fold(block.ffn_norm, [ffn.gate.weight, ffn.up.weight], dtype=dtype, rows=rows)
         self.down = packed_linear(ffn.down.weight, dtype=dtype, rows=rows)
@@ -61,14 +65,15 @@ def _norm_floor(norm: RMSNorm) -> Tensor:
 
 
 class DecodeEngine:
-    """A snapshot of a model's weights that decodes; later changes of the model do not reach it.
+    """A model with its weights packed for decoding; build another one when the weights have changed.
 
     Takes the model's place in :func:`smalto.sampling.autoregressive.generate`. The residual stream and the logits
     are float32 in every dtype.
 
     With ``fp32`` and ``fp16`` on a CPU every operation treats rows alike, so that an image is the same bit for bit
-    whatever images it is drawn with. With ``bf16``, and on other devices, kernels may round differently for other
-    numbers of rows; a code then changes when a uniform falls between the two roundings.
+    whatever images it is drawn with (measured with AVX2 kernels, one and two threads). With ``bf16``, and on other
+    devices, kernels may round differently for other numbers of rows; a code then changes when a uniform falls between
+    the two roundings.
 
     Args:
         model: on the device to decode on; its conditioner and embedding are used as they are.
@@ -105,7 +110,7 @@ class DecodeEngine:
 
     def prefill(self, condition: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
         """As :meth:`smalto.models.gpt.GPT.prefill`."""
-        prefix = self.model.conditioner(condition).float()
+        prefix = self._embed(condition)
         mask = None
         if condition_mask is not None:
             cache.prefix_mask = condition_mask
@@ -119,6 +124,14 @@ class DecodeEngine:
             mask = F.pad(cache.prefix_mask, (0, cache.length + 1 - cache.prefix_mask.shape[1]), value=True)
             mask = mask[:, None, None, :]
         return self._decode(self.model.token_embedding(codes).float().unsqueeze(1), cache, mask)
+
+    def _embed(self, condition: Tensor) -> Tensor:
+        """The conditioner's float32 (B, P, C); the matrices of text are packed, to round alike for all rows."""
+        conditioner = self.model.conditioner
+        if not isinstance(conditioner, TextConditioner):
+            return conditioner(condition).float()
+        fc1, fc2 = (packed_linear(fc.weight, dtype="fp32", rows=1) for fc in (conditioner.fc1, conditioner.fc2))
+        return fc2(F.gelu(fc1(condition.float()), approximate="tanh"))
 
     def _decode(self, x_BTC: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         batch, length, dim = x_BTC.shape
@@ -156,11 +169,25 @@ class DecodeEngine:
         q, k = turned[:, :, : self.num_heads].transpose(1, 2), turned[:, :, self.num_heads :].transpose(1, 2)
         k, v = cache.update(layer, k, qkv[:, :, turning:].transpose(1, 2))
         batch, _, length, _ = q.shape
-        if length == 1:
-            # The queries of a group become rows of one matrix: the same product, and no key is repeated.
-            q = q.reshape(batch, self.num_kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, 1, -1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
-        )
+        if q.device.type == "cpu" and self.compute == torch.float32:
+            out = _attention(q, k, v, mask)
+        else:
+            causal, grouped = mask is None and q.shape[2] > 1, self.num_kv_heads != self.num_heads
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=grouped
+            )
         return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention (B, H, T, D) without scale, causal without a mask; queries of a group are rows of one matrix.
+
+    As fast as the fused CPU kernel at these sizes. The results of that one for a row depend on the thread it falls to.
+    """
+    batch, num_heads, length, size = q.shape
+    if mask is None and length > 1:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    scores = q.reshape(batch, k.shape[1], -1, size) @ k.transpose(2, 3)
+    if mask is not None:
+        scores.view(batch, num_heads, length, -1).masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).view(batch, num_heads, length, size)

@@ -16,7 +16,8 @@ def bytes_per_image(model: GPT, *, guided: bool, itemsize: int) -> int:
     length = model.conditioner.num_tokens + model.num_codes - 1
     cache = 2 * len(model.blocks) * model.num_kv_heads * length * model.head_dim * itemsize
     hidden: int = model.get_submodule("blocks.0.ffn.gate").out_features  # type: ignore[assignment]
-    activations = model.conditioner.num_tokens * (8 * model.dim + 4 * hidden) * 4
+    prefix, num_heads = model.conditioner.num_tokens, model.dim // model.head_dim
+    activations = 4 * prefix * (8 * model.dim + 4 * hidden + 2 * num_heads * prefix)
     return rows * (cache + activations) + model.vocab_size * _BYTES_PER_LOGIT
 
 
