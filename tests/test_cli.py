@@ -154,6 +154,8 @@ def test_mlflow_holds_every_run_of_the_chain(home):
         (["sample", "ckpt=nowhere.ckpt"], "does not exist"),
         (["sample", "ckpt=outputs/demo/gpt/checkpoints/last.ckpt", "labels=[Hat]"], "Sneaker"),
         (["sample", "ckpt=outputs/demo/gpt/checkpoints/last.ckpt", "sampling.top_p=0"], "top_p"),
+        (["sample", "ckpt=outputs/demo/gpt/checkpoints/last.ckpt", "engine.dtype=fp8"], "auto, fp32, bf16, fp16"),
+        (["sample", "ckpt=outputs/demo/gpt/checkpoints/last.ckpt", "device=tpu"], "auto, cpu"),
         (["sample", "ckpt=outputs/demo/tokenizer/checkpoints/last.ckpt"], "is a tokenizer"),
         (["extract", "tokenizer_ckpt=outputs/demo/gpt/checkpoints/last.ckpt", "data=fashion_mnist", "out=x"], "gpt"),
         (["train", *TINY_GPT, "tokenizer.quantizer.codebook_size=64", "hydra.run.dir=other"], "codebook_size"),

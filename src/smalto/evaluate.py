@@ -30,6 +30,7 @@ from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
+from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import LoadedTask, load_task
 from smalto.tasks.targets import check_targets
@@ -179,6 +180,9 @@ def measure(job: Job) -> list[Measured]:
     job.protocol |= {"protocol": config.protocol.name, "features": features.name}
     if loaded is not None:
         loaded.task.to(job.device)
+        if loaded.kind == "gpt":
+            loaded.task.engine = build(config.engine)
+            job.protocol["decoding"] = resolve_dtype(config.engine.dtype, job.device)
         size, rounding = config.protocol.eval_size, config.protocol.rounding
         loaded.task.to_pixels = partial(to_pixels, size=size, rounding=rounding)
         job.protocol |= {"ckpt": str(config.ckpt), "step": loaded.step, "ema": config.ema, "rounding": rounding}

@@ -148,8 +148,16 @@ def results_folder(ckpt: str | Path) -> Path:
 
 
 def wanted_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    valid = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name not in valid:
+        raise ValueError(f"device is {name!r}, choose one of {', '.join(valid)} (what this machine has)")
+    return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
 
 
 def record(

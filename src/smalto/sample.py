@@ -14,7 +14,9 @@ from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
 from smalto.data.transforms import to_pixels
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
-from smalto.sampling.requests import balanced_labels, image_seeds
+from smalto.sampling.packed import resolve_dtype
+from smalto.sampling.requests import balanced_labels
+from smalto.sampling.service import draw_images
 from smalto.sampling.sheet import image_sheet
 from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import LoadedTask, load_task
@@ -27,7 +29,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Write ``num_images`` samples of ``ckpt``; returns where they are.
 
     Raises:
-        ValueError: not a generator's checkpoint, labels it does not know, settings out of range.
+        ValueError: not a generator's checkpoint, labels it does not know, settings out of range, a device or dtype
+            that is not there, a batch that memory does not hold.
         FileExistsError: ``out`` is in use, or holds samples of other settings.
     """
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
@@ -36,6 +39,9 @@ def run(config: DictConfig) -> dict[str, Any]:
             f"{config.ckpt} is a {loaded.kind}; samples are drawn from a generator (smalto train task=gpt)"
         )
     sampling: SamplingConfig = build(config.sampling)
+    loaded.task.engine = build(config.engine)
+    loaded.task.to(wanted_device(config.device))
+    resolve_dtype(config.engine.dtype, loaded.task.device)  # refused here, not when the folder is there
     classes = wanted_classes(config.labels, loaded)
     out = Path(config.out or default_folder(config, loaded, sampling))
     stat = Path(config.ckpt).stat()
@@ -43,6 +49,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         "ckpt": str(config.ckpt),
         "ckpt_bytes_and_time": [stat.st_size, stat.st_mtime_ns],
         "sampling": OmegaConf.to_container(config.sampling, resolve=True),
+        "dtype": config.engine.dtype,
         "labels": classes,
         "num_images": config.num_images,
         "seed": config.seed,
@@ -98,6 +105,7 @@ def default_folder(config: DictConfig, loaded: LoadedTask, sampling: SamplingCon
     name = (
         f"step{loaded.step}_n{config.num_images}{chosen}_cfg{sampling.cfg_scale:g}_t{sampling.temperature:g}"
         f"_k{sampling.top_k}_p{sampling.top_p:g}_seed{config.seed}"
+        + ("" if config.engine.dtype == "auto" else f"_{config.engine.dtype}")
     )
     return results_folder(config.ckpt) / "samples" / name.replace("/", "-").replace(" ", "-")
 
@@ -106,16 +114,21 @@ def write_images(
     config: DictConfig, loaded: LoadedTask, sampling: SamplingConfig, classes: list[int], out: Path
 ) -> float:
     """Draw what is missing, then the sheet and the array; returns images per second."""
-    task = loaded.task.to(wanted_device(config.device))
+    task = loaded.task
     pictures = PictureFolder(out / "images")
     todo = pictures.missing(range(config.num_images))
     start = time.perf_counter()
     with progress("sample", total=config.num_images, done=config.num_images - len(todo)) as advance:
-        for i in range(0, len(todo), config.batch_size):
-            indices = todo[i : i + config.batch_size]
-            labels, seeds = balanced_labels(indices, classes), image_seeds(config.seed, indices)
-            pictures.write(indices, task.sample_images(labels, sampling=sampling, seeds=seeds))
-            advance(len(indices))
+        for batch in draw_images(
+            task,
+            sampling=sampling,
+            classes=classes,
+            seed=config.seed,
+            indices=todo,
+            batch_size=config.batch_size,
+        ):
+            pictures.write(batch.indices, batch.images)
+            advance(len(batch.indices))
     rate = len(todo) / max(time.perf_counter() - start, 1e-9)
     labels = balanced_labels(range(config.num_images), classes)
     pack_npz(pictures, config.num_images, out / "samples.npz", labels=labels.numpy())

@@ -6,11 +6,13 @@ from forked_ranks import run_ranks
 from picture_files import make_pixels
 from smalto.data.ranks import Ranks
 from smalto.evaluation import blocks as blocks_module
+from smalto.evaluation.begun import batches
 from smalto.evaluation.blocks import FeatureBlocks
 from smalto.evaluation.samples import from_codes, measure_samples, settings_grid
 from smalto.metrics.rules import Rules
 from smalto.metrics.suite import GenerationMetrics
 from smalto.sampling.requests import balanced_labels, random_labels, wanted_labels
+from smalto.sampling.service import ImageBatch
 from smalto.types import SamplingConfig
 
 RULES = Rules(split_size=40, kid_subsets=3, kid_subset_size=20)
@@ -29,8 +31,9 @@ def real_side() -> GenerationMetrics:
     return suite
 
 
-def draw(indices):
-    return IMAGES[indices.start : indices.stop], balanced_labels(indices, range(3))
+def draw(indices, batch_size):
+    for chosen in batches(indices, batch_size):
+        yield ImageBatch(chosen, balanced_labels(chosen, range(3)), IMAGES[chosen.start : chosen.stop])
 
 
 def measured(tmp_path, *, tiers=(90,), batch_size=10, ranks=None, source=draw, keep=None):
@@ -74,11 +77,12 @@ def test_batch_size_does_not_matter(tmp_path, batch_size):
 def test_a_killed_measurement_goes_on(tmp_path):
     drawn = []
 
-    def killed(indices):
-        drawn.append(indices.start)
-        if len(drawn) == 5:
-            raise KeyboardInterrupt
-        return draw(indices)
+    def killed(indices, batch_size):
+        for batch in draw(indices, batch_size):
+            drawn.append(batch.indices.start)
+            if len(drawn) == 5:
+                raise KeyboardInterrupt
+            yield batch
 
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path, source=killed)
@@ -138,9 +142,10 @@ def test_blind_codes_follow_their_counts():
 
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     blind = from_codes(Task(), weights=weights, classes=range(2), labels="balanced", seed=0)
-    codes, labels = blind(range(0, 400))
+    batch = next(blind(range(0, 400), 400))
+    codes, labels = batch.images, batch.labels
     assert codes.shape == (400, 2)
     assert set(codes[:, 0].tolist()) == {0}
     assert 150 < int((codes[:, 1] == 1).sum()) < 250
-    assert torch.equal(blind(range(7, 9))[0], codes[7:9])
+    assert torch.equal(next(blind(range(7, 9), 2)).images, codes[7:9])
     assert labels.tolist() == [0, 1] * 200

@@ -9,6 +9,7 @@ import torch
 from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import EMA, averaged_weights
 from smalto.callbacks.step_seed import StepSeed
+from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.tasks.optim import Schedule
 from smalto.types import SamplingConfig
 from tiny_tasks import VOCABULARY, make_codes, make_gpt_task, make_trainer
@@ -48,6 +49,62 @@ def test_training_after_sampling_and_sampling_twice(tmp_path):
     two = task.sample_codes(torch.tensor([0, 1]), sampling=sampling, seeds=seeds)
     assert torch.equal(one, two)
     make_trainer(tmp_path, max_steps=3).fit(task, make_codes())
+
+
+def drawn(task, *, scale: float = 2.0, images: int = 2) -> torch.Tensor:
+    labels = torch.arange(images) % 3
+    return task.sample_codes(labels, sampling=SamplingConfig(cfg_scale=scale), seeds=labels)
+
+
+def test_samples_follow_the_weights():
+    task = make_gpt_task()
+    task.configure_model()
+    before = drawn(task)
+    with torch.no_grad():
+        task.net.output.weight.normal_()
+    assert not torch.equal(before, drawn(task))
+
+
+def test_fixed_weights_are_packed_once(monkeypatch):
+    task = make_gpt_task()
+    task.configure_model()
+    torch.nn.init.normal_(task.net.output.weight)
+    built = []
+    monkeypatch.setattr(
+        "smalto.tasks.gpt.DecodeEngine",
+        lambda *args, **settings: built.append(settings) or DecodeEngine(*args, **settings),
+    )
+    apart = [drawn(task), drawn(task, scale=1.0), drawn(task, images=3)]
+    assert len(built) == 3
+    with task.fixed_weights():
+        together = [drawn(task), drawn(task, scale=1.0), drawn(task, images=3)]
+    assert len(built) == 4
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    torch.nn.init.normal_(task.net.output.weight)
+    assert not torch.equal(drawn(task), apart[0])
+
+
+def test_the_dtype_of_sampling_is_the_one_asked_for(monkeypatch):
+    task = make_gpt_task()
+    task.configure_model()
+    built = []
+    monkeypatch.setattr(
+        "smalto.tasks.gpt.DecodeEngine",
+        lambda *args, **settings: built.append(settings) or DecodeEngine(*args, **settings),
+    )
+    for dtype in ("fp32", "bf16"):
+        task.engine = EngineConfig(dtype=dtype)
+        drawn(task)
+    assert [settings["dtype"] for settings in built] == ["fp32", "bf16"]
+
+
+def test_a_batch_beyond_memory_is_refused_before_any_work(monkeypatch):
+    task = make_gpt_task()
+    task.configure_model()
+    monkeypatch.setattr("smalto.sampling.memory.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("smalto.tasks.gpt.DecodeEngine", lambda *args, **settings: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="the largest batch that fits is"):
+        drawn(task, images=1000)
 
 
 def test_labels_that_the_model_does_not_know_are_refused():

@@ -19,7 +19,8 @@ from smalto.metrics.reference import Reference
 from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
-from smalto.sampling.requests import balanced_labels, image_seeds, wanted_labels
+from smalto.sampling.requests import LabelKind, balanced_labels, image_seeds, wanted_labels
+from smalto.sampling.service import draw_images, fixed_weights
 from smalto.sampling.sheet import image_sheet
 from smalto.types import SamplingConfig
 
@@ -65,7 +66,7 @@ class Generation(L.Callback):
         final_num_samples: int | Sequence[int],
         reference_file: str | Path | None = None,
         cache_dir: str | Path | None = None,
-        labels: str = "balanced",
+        labels: LabelKind = "balanced",
         rules: Rules | None = None,
         batch_size: int = 100,
         cfg_scales: Sequence[float] | None = None,
@@ -81,7 +82,7 @@ class Generation(L.Callback):
         self.final_num_samples = sorted({*self.num_samples, *_tiers("final_num_samples", final_num_samples)})
         self.reference_file = reference_file
         self.cache_dir = cache_dir
-        self.labels = labels
+        self.labels: LabelKind = labels
         self.rules = rules or Rules()
         self.batch_size = batch_size
         self.cfg_scales = cfg_scales
@@ -126,7 +127,7 @@ class Generation(L.Callback):
         self._done_at = trainer.global_step
         start = time.perf_counter()
         self.metrics = {}
-        with averaged_weights(trainer, pl_module.net):
+        with averaged_weights(trainer, pl_module.net), fixed_weights(pl_module):
             for scale in self.cfg_scales or [self.sampling.cfg_scale]:
                 prefix = f"gen/cfg{scale}/" if self.cfg_scales else "gen/"
                 sampling = replace(self.sampling, cfg_scale=scale)
@@ -157,13 +158,17 @@ class Generation(L.Callback):
         found, done = {}, 0
         for count in tiers:
             mine = range(done + trainer.global_rank, count, trainer.world_size)
-            for start in range(0, len(mine), self.batch_size):
-                indices = mine[start : start + self.batch_size]
-                labels = wanted_labels(self.labels, indices, range(self.num_classes), self.seed + 1)
-                # Offset by the sheet's seeds: the sheet shows images that are not measured, and the other way round.
-                seeds = image_seeds(self.seed + 1, indices)
-                images = pl_module.sample_images(labels, sampling=sampling, seeds=seeds)
-                suite.update_fake(images, labels, torch.tensor(indices))
+            # Offset by the sheet's seeds: the sheet shows images that are not measured, and the other way round.
+            for batch in draw_images(
+                pl_module,
+                sampling=sampling,
+                classes=range(self.num_classes),
+                seed=self.seed + 1,
+                indices=mine,
+                batch_size=self.batch_size,
+                labels=self.labels,
+            ):
+                suite.update_fake(batch.images, batch.labels, torch.tensor(batch.indices))
             done = count
             found[count] = suite.compute()
         suite.reset_fake()

@@ -14,6 +14,8 @@ from smalto.evaluation.report import Measured
 from smalto.evaluation.samples import Draw, from_codes, from_task, measure_samples
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
+from smalto.sampling.requests import LabelKind
+from smalto.sampling.service import fixed_weights
 from smalto.sampling.writer import PictureFolder
 from smalto.types import SamplingConfig
 
@@ -60,7 +62,7 @@ class SampleRows:
         several = len(self.counts) > 1
         return [Measured(scores, settings | ({"num_samples": n} if several else {})) for n, scores in found.items()]
 
-    def _writer(self, name: str) -> Callable[[range, Tensor], None] | None:
+    def _writer(self, name: str) -> Callable[[Sequence[int], Tensor], None] | None:
         if self._save is None:
             return None
         pictures = PictureFolder(self._save / name)
@@ -73,7 +75,7 @@ def measure_generator(
     rows: SampleRows,
     grid: Sequence[tuple[dict[str, Any], SamplingConfig]],
     classes: Sequence[str],
-    labels: str,
+    labels: LabelKind,
     seed: int,
     codes: Any = None,
     baselines: bool = False,
@@ -94,7 +96,8 @@ def measure_generator(
     table: list[Measured] = []
     for settings, sampling in grid:
         name = "-".join(f"{key}{value:g}" for key, value in settings.items()) or "samples"
-        table += rows.measure(from_task(task, sampling=sampling, **common), settings=settings, name=name)
+        with fixed_weights(task):
+            table += rows.measure(from_task(task, sampling=sampling, **common), settings=settings, name=name)
         found = dict(zip(classes, rows.suite.per_class_accuracy, strict=False))
         if found:
             log.info("class accuracy: %s", ", ".join(f"{key} {value:.0%}" for key, value in found.items()))

@@ -18,32 +18,44 @@ from smalto.evaluation.blocks import FeatureBlocks
 from smalto.metrics.features import Features
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
-from smalto.sampling.requests import image_seeds, wanted_labels
+from smalto.sampling.requests import LabelKind, image_seeds, wanted_labels
+from smalto.sampling.service import ImageBatch, draw_images
 from smalto.types import SamplesImages, SamplingConfig
 
-Draw = Callable[[range], tuple[Tensor, Tensor | None]]
-"""Images uint8 (B, 3, H, W) by their numbers, and the labels (B,) they were asked for."""
+Draw = Callable[[range, int], Iterator[ImageBatch]]
+"""Images by their numbers, in batches of at most so many."""
 
 
-def from_task(task: SamplesImages, *, classes: Sequence[int], labels: str, sampling: SamplingConfig, seed: int) -> Draw:
+def from_task(
+    task: SamplesImages, *, classes: Sequence[int], labels: LabelKind, sampling: SamplingConfig, seed: int
+) -> Draw:
     """Draw from a generator; image i depends on the settings, ``seed`` and i only."""
 
-    def draw(indices: range) -> tuple[Tensor, Tensor]:
-        label = wanted_labels(labels, indices, classes, seed)
-        return task.sample_images(label, sampling=sampling, seeds=image_seeds(seed, indices)), label
+    def draw(indices: range, batch_size: int) -> Iterator[ImageBatch]:
+        return draw_images(
+            task,
+            sampling=sampling,
+            classes=classes,
+            seed=seed,
+            indices=indices,
+            batch_size=batch_size,
+            labels=labels,
+        )
 
     return draw
 
 
-def from_codes(task: Any, *, weights: Tensor, classes: Sequence[int], labels: str, seed: int) -> Draw:
+def from_codes(task: Any, *, weights: Tensor, classes: Sequence[int], labels: LabelKind, seed: int) -> Draw:
     """Pictures of codes drawn place by place from ``weights`` (L, K), blind to each other: what counting explains."""
 
-    def draw(indices: range) -> tuple[Tensor, Tensor]:
-        rows = []
-        for image in image_seeds(seed, indices).tolist():
-            generator = torch.Generator().manual_seed(image)
-            rows.append(torch.multinomial(weights, 1, generator=generator).squeeze(1))
-        return task.decode_codes(torch.stack(rows).to(task.device)), wanted_labels(labels, indices, classes, seed)
+    def draw(indices: range, batch_size: int) -> Iterator[ImageBatch]:
+        for chosen in batches(indices, batch_size):
+            rows = []
+            for image in image_seeds(seed, chosen).tolist():
+                generator = torch.Generator().manual_seed(image)
+                rows.append(torch.multinomial(weights, 1, generator=generator).squeeze(1))
+            asked = wanted_labels(labels, chosen, classes, seed)
+            yield ImageBatch(chosen, asked, task.decode_codes(torch.stack(rows).to(task.device)))
 
     return draw
 
@@ -51,9 +63,10 @@ def from_codes(task: Any, *, weights: Tensor, classes: Sequence[int], labels: st
 def from_pictures(pictures: PictureSet) -> Draw:
     """Images made elsewhere."""
 
-    def draw(indices: range) -> tuple[Tensor, Tensor | None]:
-        label = None if pictures.labels is None else pictures.labels[indices.start : indices.stop]
-        return pictures.read(indices), label
+    def draw(indices: range, batch_size: int) -> Iterator[ImageBatch]:
+        for chosen in batches(indices, batch_size):
+            label = None if pictures.labels is None else pictures.labels[chosen.start : chosen.stop]
+            yield ImageBatch(chosen, label, pictures.read(chosen))
 
     return draw
 
@@ -76,7 +89,7 @@ def measure_samples(
     batch_size: int,
     name: str,
     ranks: Ranks,
-    keep: Callable[[range, Tensor], None] | None = None,
+    keep: Callable[[Sequence[int], Tensor], None] | None = None,
 ) -> dict[int, Scores]:
     """Scores of the first ``tiers[i]`` images each; all images are drawn once, on all processes together.
 
@@ -99,13 +112,12 @@ def measure_samples(
     with progress(name, total=mine, done=mine - sum(map(len, missing))) as advance:
         for block in missing:
             parts, labels = [], []
-            for indices in batches(block, batch_size):
-                image, label = draw(indices)
+            for batch in draw(block, batch_size):
                 if keep is not None:
-                    keep(indices, image)
-                parts.append(suite.features(image.to(suite.device)))
-                labels.append(label)
-                advance(len(indices))
+                    keep(batch.indices, batch.images)
+                parts.append(suite.features(batch.images.to(suite.device)))
+                labels.append(batch.labels)
+                advance(len(batch.indices))
             known = [label for label in labels if label is not None]
             blocks.write(block, Features.joined(parts), torch.cat(known) if len(known) == len(labels) else None)
     ranks.wait()

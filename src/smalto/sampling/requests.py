@@ -1,10 +1,13 @@
 """Which images to write: their labels and seeds, as functions of an image's number alone."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+LabelKind = Literal["balanced", "random"]
 
 _LABEL = 1  # stream number of the label, apart from the image's seed
 
@@ -20,7 +23,7 @@ def random_labels(indices: Sequence[int], classes: Sequence[int], seed: int) -> 
     return torch.tensor([classes[int(state) % len(classes)] for state in states], dtype=torch.int64)
 
 
-def wanted_labels(kind: str, indices: Sequence[int], classes: Sequence[int], seed: int) -> Tensor:
+def wanted_labels(kind: LabelKind, indices: Sequence[int], classes: Sequence[int], seed: int) -> Tensor:
     """Labels int64 (N,) of images: ``balanced`` or ``random``.
 
     Raises:

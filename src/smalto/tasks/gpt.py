@@ -1,6 +1,7 @@
 """Training of the autoregressive model: next-code prediction under a condition (LlamaGen section 2.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.optim import Optimizer
 
 from smalto.data.transforms import to_pixels
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
+from smalto.sampling.engine import DecodeEngine, EngineConfig
+from smalto.sampling.memory import check_batch
+from smalto.sampling.packed import resolve_dtype
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.tasks.optim import Schedule, build_optimizer
 from smalto.types import CodeBatch, SamplingConfig
@@ -49,7 +53,11 @@ class GPTTask(L.LightningModule):
         self.tokenizer_config: dict[str, Any] | None = None
         self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
+        self.engine = EngineConfig()
+        """How sampling computes; may be replaced at any time."""
         self._tokenizer_fingerprint: str | None = None
+        self._weights_are_fixed = False
+        self._packed: DecodeEngine | None = None
 
     def configure_model(self) -> None:
         """Build the model and load the tokenizer once; Lightning may call this again."""
@@ -128,6 +136,27 @@ class GPTTask(L.LightningModule):
         metrics = {"val/loss": loss, "val/accuracy": accuracy}
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["codes"]))
 
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Within it the model's weights do not change, so that they are packed for decoding once, not per call."""
+        within = self._weights_are_fixed  # of another one already: the weights stay packed until that ends
+        self._weights_are_fixed = True
+        try:
+            yield
+        finally:
+            if not within:
+                self._weights_are_fixed, self._packed = False, None
+
+    def _decoder(self, images: int, *, guided: bool) -> DecodeEngine:
+        if self._packed is not None:
+            check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
+            return self._packed
+        dtype = resolve_dtype(self.engine.dtype, self.device)
+        check_batch(self.net, images, guided=guided, dtype=dtype)
+        decoder = DecodeEngine(self.net, dtype=dtype, rows=images * (2 if guided else 1))
+        self._packed = decoder if self._weights_are_fixed else None
+        return decoder
+
     def sample_codes(
         self,
         condition: Tensor,
@@ -136,13 +165,17 @@ class GPTTask(L.LightningModule):
         seeds: Tensor,
         condition_mask: Tensor | None = None,
     ) -> Tensor:
-        """Codes (B, L) for class labels (B,) or text features; row i depends on ``seeds[i]`` only."""
+        """Codes (B, L) for class labels (B,) or text features; row i depends on ``seeds[i]`` only.
+
+        Raises:
+            ValueError: conditions the model does not know, a batch that memory does not hold.
+        """
         self.net.conditioner.check(condition)
         training = self.training
         self.eval()
         try:
             return generate(
-                self.net,
+                self._decoder(len(condition), guided=sampling.cfg_scale > 1),
                 condition.to(self.device),
                 sampling=sampling,
                 uniforms=uniforms_from_seeds(seeds, self.net.num_codes),

@@ -1,0 +1,193 @@
+"""A GPT laid out for decoding: the same logits as ``GPT.prefill`` and ``GPT.step``, a few times sooner.
+
+What makes the difference, in the order of what it brings on a CPU: weights packed once for few rows and in half
+precision (:mod:`smalto.sampling.packed`); gate and up projection in one matrix; norm scales folded into the matrix
+behind them; rotary pairs as one complex product; grouped queries attending as the rows of one query matrix, so that
+keys and values are never repeated. ``models/gpt.py`` stays the readable statement of what is computed.
+
+Legend: B batch, T positions, C width, H heads, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalto.models.conditioner import TextConditioner
+from smalto.models.gpt import GPT
+from smalto.nn.block import TransformerBlock
+from smalto.nn.kv_cache import KVCache
+from smalto.nn.norm import RMSNorm
+from smalto.sampling.autoregressive import NullCondition
+from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How decoding computes.
+
+    Args:
+        dtype: ``auto`` | ``fp32`` | ``bf16`` | ``fp16``, see :func:`smalto.sampling.packed.resolve_dtype`.
+    """
+
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
+            resolve_dtype(self.dtype, torch.device("cpu"))
+
+
+class _Layer:
+    """The packed weights of one block."""
+
+    def __init__(self, block: TransformerBlock, *, dtype: str, rows: int) -> None:
+        attention, ffn = block.attention, block.ffn
+        num_queries = attention.num_heads * attention.head_dim
+        queries, others = attention.qkv.weight.detach().float().tensor_split([num_queries])
+        queries = queries * attention.head_dim**-0.5  # the scale of attention scores
+        self.qkv = _fold(block.attention_norm, [queries, others], dtype=dtype, rows=rows)
+        self.proj = packed_linear(attention.proj.weight, dtype=dtype, rows=rows)
+        self.gate_up = _fold(block.ffn_norm, [ffn.gate.weight, ffn.up.weight], dtype=dtype, rows=rows)
+        self.down = packed_linear(ffn.down.weight, dtype=dtype, rows=rows)
+        self.attention_floor, self.ffn_floor = _norm_floor(block.attention_norm), _norm_floor(block.ffn_norm)
+
+
+def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int) -> Linear:
+    """One matrix of several that read the same normalised input, with the norm's factors in its columns."""
+    stacked = torch.cat([weight.detach().float() for weight in weights])
+    return packed_linear(stacked * (norm.weight.detach().float() * stacked.shape[1] ** 0.5), dtype=dtype, rows=rows)
+
+
+def _norm_floor(norm: RMSNorm) -> Tensor:
+    """sqrt(C eps): ``x / sqrt(mean(x^2) + eps)`` is ``sqrt(C) x / hypot(|x|, sqrt(C eps))``, in fewer operations."""
+    return norm.weight.new_tensor(norm.weight.numel() * norm.eps, dtype=torch.float32).sqrt()
+
+
+class DecodeEngine:
+    """A model with its weights packed for decoding; build another one when the weights have changed.
+
+    Takes the model's place in :func:`smalto.sampling.autoregressive.generate`. The residual stream and the logits
+    are float32 in every dtype.
+
+    With ``fp32`` and ``fp16`` on a CPU every operation treats rows alike, so that an image is the same bit for bit
+    whatever images it is drawn with (measured with AVX2 kernels, one and two threads). With ``bf16``, and on other
+    devices, kernels may round differently for other numbers of rows; a code then changes when a uniform falls between
+    the two roundings.
+
+    Args:
+        model: on the device to decode on; its conditioner and embedding are used as they are.
+        dtype: see :class:`EngineConfig`.
+        rows: number of rows of a step the layout is chosen for, twice the images under guidance.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, *, dtype: str = "auto", rows: int) -> None:
+        self.model = model
+        self.num_codes = model.num_codes
+        self.conditioner: NullCondition = model.conditioner
+        weight = model.token_embedding.weight
+        self.dtype = resolve_dtype(dtype, weight.device)
+        self.compute = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in model.blocks]  # type: ignore[arg-type]
+        self.output = _fold(model.norm, [model.output.weight], dtype=self.dtype, rows=rows)
+        self.floor = _norm_floor(model.norm)
+        self.rope = torch.view_as_complex(model.rope.float().contiguous()).unsqueeze(1)
+        self.head_dim, self.num_kv_heads = model.head_dim, model.num_kv_heads
+        self.num_heads = model.dim // model.head_dim
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """A cache for one image per row."""
+        return KVCache(
+            num_layers=len(self.layers),
+            batch_size=batch_size,
+            num_kv_heads=self.num_kv_heads,
+            max_length=self.model.conditioner.num_tokens + self.num_codes - 1,
+            head_dim=self.head_dim,
+            dtype=self.compute,
+            device=self.rope.device,
+        )
+
+    def prefill(self, condition: Tensor, cache: KVCache, condition_mask: Tensor | None = None) -> Tensor:
+        """As :meth:`smalto.models.gpt.GPT.prefill`."""
+        prefix = self._embed(condition)
+        mask = None
+        if condition_mask is not None:
+            cache.prefix_mask = condition_mask
+            mask = GPT._causal_mask(condition_mask, prefix.shape[1])
+        return self._decode(prefix, cache, mask)
+
+    def step(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """As :meth:`smalto.models.gpt.GPT.step`."""
+        mask = None
+        if cache.prefix_mask is not None:
+            mask = F.pad(cache.prefix_mask, (0, cache.length + 1 - cache.prefix_mask.shape[1]), value=True)
+            mask = mask[:, None, None, :]
+        return self._decode(self.model.token_embedding(codes).float().unsqueeze(1), cache, mask)
+
+    def _embed(self, condition: Tensor) -> Tensor:
+        """The conditioner's float32 (B, P, C); the matrices of text are packed, to round alike for all rows."""
+        conditioner = self.model.conditioner
+        if not isinstance(conditioner, TextConditioner):
+            return conditioner(condition).float()
+        fc1, fc2 = (packed_linear(fc.weight, dtype="fp32", rows=1) for fc in (conditioner.fc1, conditioner.fc2))
+        return fc2(F.gelu(fc1(condition.float()), approximate="tanh"))
+
+    def _decode(self, x_BTC: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        batch, length, dim = x_BTC.shape
+        rows = batch * length
+        x = self._pad(x_BTC.reshape(rows, dim))
+        rope = self.rope[cache.length : cache.length + length]
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._normalise(x, layer.attention_floor))[:rows]
+            attended = self._attend(qkv.view(batch, length, -1, self.head_dim), rope, cache, i, mask)
+            x = x + layer.proj(self._pad(attended.view(rows, dim)))
+            gate, up = layer.gate_up(self._normalise(x, layer.ffn_floor)).chunk(2, dim=-1)
+            x += layer.down(F.silu(gate).mul_(up))
+        cache.advance(length)
+        if length > 1:
+            x = self._pad(x[:rows].view(batch, length, dim)[:, -1])
+        return self.output(self._normalise(x, self.floor))[:batch].float()
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Rows for the matrix kernels; those beyond the real ones are zero and their results unused."""
+        more = uniform_rows(x.shape[0], self.dtype) - x.shape[0]
+        return F.pad(x, (0, 0, 0, more)) if more else x
+
+    def _normalise(self, x: Tensor, floor: Tensor) -> Tensor:
+        """Root mean square 1 / sqrt(C); what is left of the norm is in the next matrix."""
+        normed = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
+        return normed if self.compute == torch.float32 else normed.to(self.compute)
+
+    def _attend(self, qkv: Tensor, rope: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
+        """(B, T, H + 2 KV, D) to (B, T, H D): turn, append to the cache, attend."""
+        turning = self.num_heads + self.num_kv_heads
+        turned = qkv[:, :, :turning].float()
+        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(rope)
+        if self.compute != torch.float32:
+            turned = turned.to(self.compute)
+        q, k = turned[:, :, : self.num_heads].transpose(1, 2), turned[:, :, self.num_heads :].transpose(1, 2)
+        k, v = cache.update(layer, k, qkv[:, :, turning:].transpose(1, 2))
+        batch, _, length, _ = q.shape
+        if q.device.type == "cpu" and self.compute == torch.float32:
+            out = _attention(q, k, v, mask)
+        else:
+            causal, grouped = mask is None and q.shape[2] > 1, self.num_kv_heads != self.num_heads
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=grouped
+            )
+        return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention (B, H, T, D) without scale, causal without a mask; queries of a group are rows of one matrix.
+
+    As fast as the fused CPU kernel at these sizes. The results of that one for a row depend on the thread it falls to.
+    """
+    batch, num_heads, length, size = q.shape
+    if mask is None and length > 1:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    scores = q.reshape(batch, k.shape[1], -1, size) @ k.transpose(2, 3)
+    if mask is not None:
+        scores.view(batch, num_heads, length, -1).masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).view(batch, num_heads, length, size)

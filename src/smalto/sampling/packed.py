@@ -1,0 +1,149 @@
+"""Weights laid out once for decoding, behind one call: ``packed_linear(weight, ...)(x)`` is ``F.linear(x, weight)``.
+
+A decode step multiplies a few rows with every weight of the model, so its time is that of reading the weights. The
+layouts here read them once and, in half precision, half as many bytes. The operators are torch's own but private;
+where one is missing the plain ``F.linear`` does the same.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+_FP16_MAX = 65504.0
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """What ``auto`` means on ``device``; other names are checked and come back.
+
+    ``bf16`` where the processor multiplies bfloat16 in hardware (AMX, CUDA from Ampere on); else ``fp16`` weights
+    under float32 activations on CPUs that have the kernels (11 bits of mantissa, bfloat16 has 8); else ``fp32``.
+
+    Raises:
+        ValueError: an unknown name, or ``fp16`` where there is no kernel for it.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"engine.dtype is {name!r}, choose one of {', '.join(DTYPES)}")
+    if name == "fp16" and not (device.type == "cpu" and _has_fp16()):
+        raise ValueError(
+            "engine.dtype is 'fp16', which needs the FBGEMM kernels of an x86 CPU; "
+            f"on {device} choose auto, fp32 or bf16"
+        )
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    if _has_amx():
+        return "bf16"
+    return "fp16" if _has_fp16() else "fp32"
+
+
+def packed_linear(weight: Tensor, *, dtype: str, rows: int) -> Linear:
+    """Multiplication with ``weight`` (out, in), float32 or bfloat16 rows (..., in) to (..., out).
+
+    Args:
+        weight: any float dtype; copied.
+        dtype: ``fp32``, ``bf16`` or ``fp16``, see :func:`resolve_dtype`. bf16 takes and gives bfloat16, the others
+            float32.
+        rows: number of rows the layout is chosen for; any other number works too.
+    """
+    weight = weight.detach().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    on_cpu = weight.device.type == "cpu"
+    if dtype == "fp16":
+        return _Fp16Linear(weight)
+    if on_cpu and _has_onednn(dtype):
+        return _OneDNNLinear(weight, rows)
+    return _PlainLinear(weight)
+
+
+class _PlainLinear:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class _OneDNNLinear:
+    """oneDNN's blocked layout. In float32 a row's result is the same bit for bit whatever rows it comes with."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self.multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, None, "none", [], "")
+
+
+class _Fp16Linear:
+    """FBGEMM: float16 weights widened in registers, float32 activations and sums."""
+
+    def __init__(self, weight: Tensor) -> None:
+        if weight.numel() and float(weight.abs().max()) > _FP16_MAX:
+            raise ValueError(
+                f"a weight of {float(weight.abs().max()):.3g} does not fit in fp16 (at most {_FP16_MAX:g}); "
+                "use engine.dtype=fp32"
+            )
+        self.packed: Any = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
+        self.multiply = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.packed)
+
+
+def uniform_rows(rows: int, dtype: str) -> int:
+    """The number of rows to compute so that each comes out the same bit for bit whatever rows it comes with.
+
+    FBGEMM's kernels for one and two rows add in another order than its others; a few more rows keep those away.
+    """
+    return _uniform_fp16_rows(rows) if dtype == "fp16" else rows
+
+
+@cache
+def _uniform_fp16_rows(rows: int) -> int:
+    """The next number of rows at which FBGEMM rounds as it does for a multiple of 12 rows; found by trying."""
+    generator = torch.Generator().manual_seed(0)
+    packed: Any = torch.ops.quantized.linear_prepack_fp16(torch.randn(16, 512, generator=generator), None)
+    x = torch.randn(1, 512, generator=generator).expand(12, -1).contiguous()
+    expected = torch.ops.quantized.linear_dynamic_fp16(x, packed)[:1]
+    for count in range(rows, rows + 12):
+        x = x[:1].expand(count, -1).contiguous()
+        if bool((torch.ops.quantized.linear_dynamic_fp16(x, packed) == expected).all()):
+            return count
+    return rows
+
+
+@cache
+def _has_onednn(dtype: str) -> bool:
+    try:
+        if dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        name = torch.bfloat16 if dtype == "bf16" else torch.float32
+        _OneDNNLinear(torch.zeros(16, 16, dtype=name), 1)(torch.zeros(1, 16, dtype=name))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@cache
+def _has_fp16() -> bool:
+    try:
+        packed = torch.ops.quantized.linear_prepack_fp16(torch.zeros(16, 16), None)
+        torch.ops.quantized.linear_dynamic_fp16(torch.zeros(1, 16), packed)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@cache
+def _has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe()) and _has_onednn("bf16")

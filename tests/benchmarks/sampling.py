@@ -1,0 +1,89 @@
+"""Speed of sampling: ``PYTHONPATH=src:tests python -m benchmarks.sampling [size=B] [images=8] [threads=1] [rounds=9]``.
+
+``peer=PATH`` adds the authors' code from a checkout of FoundationVision/LlamaGen, fp32 and bf16. Prints milliseconds
+per decode step and ratios as JSON lines; "read" is one pass over the float32 weights that a step streams.
+
+What was tried for the engine, on two cores of an AVX2 machine (no AVX-512, no bfloat16 in hardware), one thread, all
+matrices of one step of B in ms at 2 / 16 / 32 rows; "read" took 20-25 on the same machine:
+
+    F.linear fp32                         58 /  99 / 127
+    oneDNN packed fp32                    32 /  71 / 106   taken for fp32; rows round alike
+    MKL packed fp32                       40 /  89 / 117
+    F.linear bf16                         42 /   - /   -   emulated
+    FBGEMM fp16 weights, fp32 sums        16 /  44 /  76   taken as ``auto`` here; 12 times closer to fp32 than bf16
+    int8 weights, bf16 activations        21 /  86 / 154   does not pay beside fp16
+    int8 weights, int8 activations        10 /  22 /  41   not taken: one scale for all rows, images would depend on
+                                                           their neighbours; its constructors are deprecated
+    huge pages for all of these           3 % less         not taken
+
+Attention over a prefix of 129 takes 20 ms at 16 rows, twice a read of its keys and values. The fused kernel, products
+and sums, and a cache with transposed keys take as long as two bmm; only bmm gives a row the same bits on every thread,
+so it is taken. Half-precision caches are 2 to 4 times slower without hardware for them; a compiled kernel gains 35 % of
+it with a half-precision cache, nothing with float32. Matrices and attention are 93 % of a step of 8 images: compiling
+the rest was not pursued.
+
+Rotary pairs as a complex product: 15 us instead of 290 as a rotated half (32 rows). A norm as ``x / hypot(|x|, c)``:
+three operations instead of six, which with other such savings took dispatch from 5.5 to 3.7 ms per step.
+
+Floors there: 8 images with guidance are 3.1 GFLOP and 150 MB of cache per step, 31 + 10 ms at 100 GFLOP/s and
+15 GB/s; 16 images 62 + 20 ms.
+"""
+
+import json
+import sys
+from statistics import median
+
+import torch
+
+from benchmarks.contestants import Step, engine_step, make_model, peer_step, plain_step, smalto_step
+from benchmarks.paired import interleave, ratio
+
+
+def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int = 4) -> dict[str, object]:
+    """One comparison: contestants at ``positions`` places spread over the image, other places in every round."""
+    net = make_model(size)
+    steps: dict[str, Step] = {
+        "plain fp32": plain_step(net, images),
+        "model fp32": smalto_step(net, images),
+        "engine fp32": engine_step(net, images, "fp32"),
+        "engine auto": engine_step(net, images, "auto"),
+    }
+    if peer:
+        steps["peer fp32"] = peer_step(peer, size, images, torch.float32)
+        steps["peer bf16"] = peer_step(peer, size, images, torch.bfloat16)
+    streamed = torch.cat([p.detach().flatten() for p in net.blocks.parameters()] + [net.output.weight.flatten()])
+
+    def spread(step: Step) -> Step:
+        stride = 255 // positions
+        return lambda i: [step((i * 37) % stride + j * stride) for j in range(positions)]
+
+    contestants = {name: spread(step) for name, step in steps.items()} | {"read": spread(lambda _: streamed.sum())}
+    seconds = interleave(contestants, rounds=rounds)
+    theirs = [name for name in seconds if name.startswith("peer")] or ["plain fp32"]
+    return {
+        "size": size,
+        "images": images,
+        "threads": torch.get_num_threads(),
+        "ms_per_step": {name: round(1e3 * median(values) / positions, 2) for name, values in seconds.items()},
+        "against": theirs,
+        "fp32": round(ratio(seconds, "engine fp32", *theirs), 3),
+        "auto": round(ratio(seconds, "engine auto", *theirs), 3),
+        "fp32 / read": round(ratio(seconds, "engine fp32", "read"), 2),
+        "auto / read": round(ratio(seconds, "engine auto", "read"), 2),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Rows for the sizes and image counts asked for."""
+    given = dict(argument.split("=", 1) for argument in arguments)
+    torch.set_num_threads(int(given.get("threads", 1)))
+    default = [("B", 1), ("B", 8), ("B", 16), ("small", 16)]
+    rows = [(given.get("size", "B"), int(n)) for n in given["images"].split(",")] if "images" in given else default
+    with torch.inference_mode():
+        for size, images in rows:
+            found = row(size, images, rounds=int(given.get("rounds", 9)), peer=given.get("peer"))
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
