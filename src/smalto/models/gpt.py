@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.nn.block import TransformerBlock
@@ -98,6 +99,9 @@ class GPT(nn.Module):
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.register_buffer("rope", self._rope_table(), persistent=False)
+        self.recompute_every = 0
+        """In training, blocks 0, n, 2 n, ... keep only their input and run again in the backward pass; 0: none does."""
+        self._run_block: Callable[..., Tensor] = _run_block
         self.init_weights()
 
     rope: Tensor
@@ -123,6 +127,10 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
         self.rope = self._rope_table().to(self.rope.device)
 
+    def compile_blocks(self) -> None:
+        """Compile the block of the training pass, once for all; parameters keep their names, decoding stays eager."""
+        self._run_block = torch.compile(_run_block)
+
     def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits of every code given the condition and all earlier codes (teacher forcing).
 
@@ -134,15 +142,23 @@ class GPT(nn.Module):
         Returns:
             (B, L, V), float32 outside autocast.
         """
+        return self.output(self.hidden(codes, condition, condition_mask))
+
+    def hidden(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """What the output layer makes the logits of :meth:`forward` of, (B, L, dim): for losses without all logits."""
         prefix = self.conditioner(condition)
         num_condition = prefix.shape[1]
         x = torch.cat([prefix, self.token_embedding(codes[:, :-1])], dim=1)
         mask = None if condition_mask is None else self._causal_mask(condition_mask, x.shape[1])
         x = self.token_dropout(x)
         rope = self.rope[: x.shape[1]]
-        for block in self.blocks:
-            x = block(x, rope, mask=mask)
-        return self.output(self.norm(x[:, num_condition - 1 :]))
+        recompute = self.recompute_every if self.training and torch.is_grad_enabled() else 0
+        for i, block in enumerate(self.blocks):
+            if recompute and i % recompute == 0:
+                x = checkpoint(self._run_block, block, x, rope, mask, use_reentrant=False)
+            else:
+                x = self._run_block(block, x, rope, mask)
+        return self.norm(x[:, num_condition - 1 :])
 
     @staticmethod
     def _causal_mask(condition_mask: Tensor, length: int) -> Tensor:
@@ -191,3 +207,8 @@ class GPT(nn.Module):
             x = block(x, rope, mask=mask, cache=cache, layer=i)
         cache.advance(x.shape[1])
         return self.output(self.norm(x[:, -1])).float()
+
+
+def _run_block(block: TransformerBlock, x_BTC: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    """A function of the block, not a method: compiled once it serves all blocks, and no module changes its name."""
+    return block(x_BTC, rope, mask=mask)

@@ -1,5 +1,6 @@
 """Optimizer groups and learning-rate schedules, the same for every task and strategy."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from functools import partial
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+log = logging.getLogger(__name__)
 
 DECAYED_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -29,8 +32,15 @@ def parameter_groups(net: nn.Module) -> list[dict]:
 
 
 def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) -> Optimizer:
-    """Call a partial optimizer with the groups of ``net``."""
-    return factory([group for group in parameter_groups(net) if group["params"]])
+    """Call a partial optimizer with the groups of ``net``; without its ``fused`` kernel where the device has none."""
+    groups = [group for group in parameter_groups(net) if group["params"]]
+    try:
+        return factory([dict(group) for group in groups])
+    except RuntimeError as error:
+        if not (isinstance(factory, partial) and factory.keywords.get("fused")):
+            raise
+        log.warning("no fused optimizer here (%s): using the unfused one, same numbers, more time", error)
+        return partial(factory, fused=False)(groups)
 
 
 @dataclass(frozen=True)
