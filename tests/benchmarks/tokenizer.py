@@ -1,4 +1,4 @@
-"""Speed of VQ-16: ``PYTHONPATH=src:tests python -m benchmarks.tokenizer [threads=1] [rounds=9] [peer=PATH]``.
+"""Speed of VQ-16: ``PYTHONPATH=src:tests python -m benchmarks.tokenizer [threads=1] [rounds=9] [part=coding]``.
 
 Decode, encode, quantizer and ten-crop extraction against the authors' code (``peer=PATH``, a checkout of
 FoundationVision/LlamaGen, which gets our weights), or, without one, against our network in plain memory layout and
@@ -16,6 +16,7 @@ Tried, predicted, measured (2 cores of a Zen 3 EPYC, AVX2 without bfloat16 units
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -184,12 +185,13 @@ def main(given: list[str]) -> None:
     options = arguments(given)
     torch.set_num_threads(int(options.get("threads", 1)))
     rounds, peer = int(options.get("rounds", 9)), options.get("peer")
-    for rows in (
-        quantizer_rows(rounds=rounds),
-        coding_rows(rounds=rounds, peer=peer),
-        ten_crop_rows(rounds=min(rounds, 3), peer=peer),
-    ):
-        for row in rows:
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "quantizer": lambda: quantizer_rows(rounds=rounds),
+        "coding": lambda: coding_rows(rounds=rounds, peer=peer),
+        "ten_crop": lambda: ten_crop_rows(rounds=min(rounds, 3), peer=peer),
+    }
+    for part in [options["part"]] if "part" in options else parts:
+        for row in parts[part]():
             print(json.dumps(asdict(row)), flush=True)
 
 

@@ -6,7 +6,7 @@ bfloat16 autocast where the machine has units for it, else in float32.
 
 Tried, predicted, measured (2 cores of a Zen 3 EPYC, AVX2 without bfloat16 units, float32, batch 4, one thread):
 
-* Share of matrix products in the step: 79-81 % for both. What is left to win is at most 1.25 x; 1.3 x cannot be had here.
+* Share of matrix products in the step: 79-81 % for both, so at most 1.25 x can be won here, whatever is done.
 * Compiling the block once (17 core s) or the whole model (49 core s): 9.1 and 8.7 s per step, eager 9.0, the authors'
   eager 9.3-9.8, their compiled 9.4. So compile=true compiles the whole pass.
 * Loss by rows: see the row; it is there for memory.

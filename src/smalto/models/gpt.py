@@ -101,7 +101,7 @@ class GPT(nn.Module):
         self.register_buffer("rope", self._rope_table(), persistent=False)
         self.recompute_every = 0
         """In training, blocks 0, n, 2 n, ... keep only their input and run again in the backward pass; 0: none does."""
-        self._run_block: Callable[..., Tensor] = _run_block
+        self._train_blocks: Callable[..., Tensor] = _run_blocks
         self.init_weights()
 
     rope: Tensor
@@ -128,8 +128,8 @@ class GPT(nn.Module):
         self.rope = self._rope_table().to(self.rope.device)
 
     def compile_blocks(self) -> None:
-        """Compile the block of the training pass, once for all; parameters keep their names, decoding stays eager."""
-        self._run_block = torch.compile(_run_block)
+        """Compile the blocks of the training pass; parameters keep their names, evaluation and decoding stay eager."""
+        self._train_blocks = torch.compile(_run_blocks)
 
     def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits of every code given the condition and all earlier codes (teacher forcing).
@@ -152,12 +152,10 @@ class GPT(nn.Module):
         mask = None if condition_mask is None else self._causal_mask(condition_mask, x.shape[1])
         x = self.token_dropout(x)
         rope = self.rope[: x.shape[1]]
-        recompute = self.recompute_every if self.training and torch.is_grad_enabled() else 0
-        for i, block in enumerate(self.blocks):
-            if recompute and i % recompute == 0:
-                x = checkpoint(self._run_block, block, x, rope, mask, use_reentrant=False)
-            else:
-                x = self._run_block(block, x, rope, mask)
+        if self.training:
+            x = self._train_blocks(self.blocks, x, rope, mask, self.recompute_every)
+        else:
+            x = _run_blocks(self.blocks, x, rope, mask, 0)
         return self.norm(x[:, num_condition - 1 :])
 
     @staticmethod
@@ -209,6 +207,11 @@ class GPT(nn.Module):
         return self.output(self.norm(x[:, -1])).float()
 
 
-def _run_block(block: TransformerBlock, x_BTC: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-    """A function of the block, not a method: compiled once it serves all blocks, and no module changes its name."""
-    return block(x_BTC, rope, mask=mask)
+def _run_blocks(blocks: nn.ModuleList, x: Tensor, rope: Tensor, mask: Tensor | None, recompute_every: int) -> Tensor:
+    """A function, not a method: what is compiled is no module, so none changes its name."""
+    for i, block in enumerate(blocks):
+        if recompute_every and i % recompute_every == 0:
+            x = checkpoint(block, x, rope, mask=mask, use_reentrant=False)
+        else:
+            x = block(x, rope, mask=mask)
+    return x

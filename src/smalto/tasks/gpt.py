@@ -32,7 +32,7 @@ class GPTTask(L.LightningModule):
         loss_rows: codes whose logits exist at a time in training; 0: all of them, the logits of the whole batch.
         recompute_every: every n-th block recomputes its activations in the backward pass instead of keeping them;
             0: none, 1: all. Trades a third more arithmetic for the memory of the blocks.
-        compile: compile the transformer block (a minute on a CPU, once).
+        compile: compile the blocks (a minute or more, once); validation and sampling stay eager.
     """
 
     def __init__(
