@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 log = logging.getLogger(__name__)
 
+FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu", "hpu", "mtia"}
+"""For which torch has optimizers in one kernel; on others ``fused=True`` would fail at the first step."""
+
 DECAYED_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
@@ -34,13 +37,11 @@ def parameter_groups(net: nn.Module) -> list[dict]:
 def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) -> Optimizer:
     """Call a partial optimizer with the groups of ``net``; without its ``fused`` kernel where the device has none."""
     groups = [group for group in parameter_groups(net) if group["params"]]
-    try:
-        return factory([dict(group) for group in groups])
-    except RuntimeError as error:
-        if not (isinstance(factory, partial) and factory.keywords.get("fused")):
-            raise
-        log.warning("no fused optimizer here (%s): using the unfused one, same numbers, more time", error)
-        return partial(factory, fused=False)(groups)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    if isinstance(factory, partial) and factory.keywords.get("fused") and not devices <= FUSED_DEVICES:
+        log.warning("no fused optimizer on %s: using the plain one, same numbers, more time", ", ".join(devices))
+        factory = partial(factory, fused=False)
+    return factory(groups)
 
 
 @dataclass(frozen=True)
