@@ -228,3 +228,25 @@ def test_the_config_takes_a_named_data_set_or_a_folder():
     named = compose("extract", ["tokenizer_ckpt=t", "data=fashion_mnist", "out=o"])
     assert named.data.path.endswith("fashion_mnist")
     assert compose("extract", ["tokenizer_ckpt=t", "data.path=/x", "out=o"]).data.path == "/x"
+
+
+def test_bf16_says_how_many_codes_it_keeps(images, tmp_path, make_vq):
+    tokenizer = Stub(make_vq(image_size=SIZE).requires_grad_(False), codebook_size=make_vq().codebook_size)
+    tokenizer.code_shape = tokenizer.tokenizer.code_shape
+    exact = extract(images, tmp_path / "fp32", tokenizer, crops="center")
+    assert "code_agreement" not in exact
+    assert "precision" not in read_meta(tmp_path / "fp32", CODES)
+    rough = extract(images, tmp_path / "bf16", tokenizer, crops="center", precision="bf16")
+    meta = read_meta(tmp_path / "bf16", CODES)
+    assert meta["precision"] == "bf16"
+    assert meta["code_agreement"] == rough["code_agreement"]
+    assert meta["code_agreement_images"] == 16
+    assert 0.3 < rough["code_agreement"] <= 1
+    with pytest.raises(FileExistsError, match="precision"):
+        extract(images, tmp_path / "bf16", tokenizer, crops="center")
+
+
+def test_unknown_precision_is_refused_before_anything_is_written(images, tmp_path):
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        extract(images, tmp_path / "codes", crops="center", precision="fp8")
+    assert not (tmp_path / "codes").exists()

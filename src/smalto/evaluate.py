@@ -1,17 +1,13 @@
 """``smalto evaluate``: a checkpoint or images to a table of metrics, on screen, as JSON and in MLflow."""
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 from smalto.data.picture_sets import open_pictures
@@ -23,17 +19,17 @@ from smalto.evaluation.pairs import from_sets, from_tokenizer, measure_pairs
 from smalto.evaluation.references import describe, find_reference
 from smalto.evaluation.report import Measured, flat, show
 from smalto.evaluation.samples import from_pictures, settings_grid
+from smalto.evaluation_job import Job, code_shards, decoder, reference_images, requested
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reconstruction import ReconstructionMetrics
-from smalto.metrics.reference import Kind, Reference
+from smalto.metrics.reference import Reference
 from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
-from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
+from smalto.runtime import build, hydra_main, record
 from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.writer import PictureFolder, pack_npz
-from smalto.tasks.checkpoint import LoadedTask, load_task
-from smalto.tasks.targets import check_targets
+from smalto.tasks.checkpoint import load_task
 
 log = logging.getLogger(__name__)
 
@@ -100,77 +96,6 @@ def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
     if wanted is None:
         wanted = at_hand if at_hand and not config.protocol.published else config.protocol.num_samples
     return sorted(wanted) if isinstance(wanted, ListConfig) else [wanted]
-
-
-@dataclass
-class Job:
-    """One evaluation on its way.
-
-    Args:
-        config: of the command.
-        ranks: the processes.
-        loaded: the checkpoint; None for images made elsewhere.
-        requested: everything that decides the numbers.
-        protocol: the same for people, filled while measuring.
-    """
-
-    config: DictConfig
-    ranks: Ranks
-    loaded: LoadedTask | None
-    requested: dict[str, Any]
-    protocol: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> Kind:
-        """What is compared with what, see `Reference`."""
-        if self.loaded is not None:
-            return "generation" if self.loaded.kind == "gpt" else "reconstruction"
-        return self.config.kind or "generation"
-
-    @property
-    def name(self) -> str:
-        """Of the MLflow experiment."""
-        what = self.loaded.kind if self.loaded else "samples" if self.config.samples else "reference"
-        return f"evaluate_{what}"
-
-    @property
-    def key(self) -> str:
-        """Of the numbers: two evaluations of one thing by two protocols stand side by side."""
-        return hashlib.sha256(json.dumps(self.requested, sort_keys=True).encode()).hexdigest()[:8]
-
-    @property
-    def out(self) -> Path:
-        """The JSON file."""
-        config = self.config
-        if config.out:
-            return Path(config.out)
-        if self.loaded is not None:
-            return results_folder(config.ckpt) / f"evaluation_step{self.loaded.step}_{self.key}.json"
-        return (
-            Path(config.paths.outputs)
-            / "evaluations"
-            / f"{Path(config.samples or config.reference).stem}_{self.key}.json"
-        )
-
-    @property
-    def part_dir(self) -> Path:
-        """For what is finished before the whole is."""
-        return self.out.with_name(f"{self.out.stem}.part-{self.key}")
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process works."""
-        wanted = wanted_device(self.config.device)
-        return (
-            torch.device("cuda", self.ranks.local_rank)
-            if wanted.type == "cuda" and self.ranks.world_size > 1
-            else wanted
-        )
-
-    @property
-    def save(self) -> Path | None:
-        """Folder for the images that are measured."""
-        return Path(self.config.save) if self.config.save else None
 
 
 def measure(job: Job) -> list[Measured]:
@@ -312,21 +237,6 @@ def keep(job: Job, rows: list[Measured]) -> None:
     log.info("written to %s", job.out)
 
 
-def reference_images(job: Job) -> tuple[Path, int | None]:
-    """Where the real images are, and the side they are cropped to: of ``reference``, or of the checkpoint's run."""
-    config, loaded = job.config, job.loaded
-    size = config.image_size if loaded is None else decoder(loaded).image_size
-    if config.reference is not None:
-        return Path(config.reference), size
-    assert loaded is not None
-    node = loaded.config.get("data") or {}
-    if loaded.kind == "gpt":
-        node = ((loaded.config.get("callbacks") or {}).get("generation") or {}).get("reference") or {}
-    if "path" not in node:
-        raise ValueError(f"{config.ckpt} knows of no reference images; give reference=IMAGES: a folder, .npz or shards")
-    return Path(node["path"]), size
-
-
 def pair_writer(save: Path) -> Callable[[range, Tensor, Tensor], None]:
     """Write originals and reconstructions side by side."""
     originals, reconstructions = (PictureFolder(save / name) for name in ("originals", "reconstructions"))
@@ -336,40 +246,6 @@ def pair_writer(save: Path) -> Callable[[range, Tensor, Tensor], None]:
         reconstructions.write(indices, rebuilt)
 
     return write
-
-
-def requested(config: DictConfig) -> dict[str, Any]:
-    """What decides the numbers: all settings, and sizes and times of the files that are measured."""
-    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save"):
-        plain.pop(key)
-    files = [Path(path) for path in (config.ckpt, config.samples, config.reference) if path is not None]
-    stats = [path.stat() if path.exists() else None for path in files]
-    return plain | {"files": [[stat.st_size, stat.st_mtime_ns] if stat else None for stat in stats]}
-
-
-def decoder(loaded: LoadedTask) -> Any:
-    """What makes pictures: the network of a tokenizer, the tokenizer of a generator."""
-    found = loaded.task.tokenizer if loaded.kind == "gpt" else loaded.task.net
-    if found is None:
-        raise ValueError("this generator carries no tokenizer; give tokenizer_ckpt=PATH to see pictures")
-    return found
-
-
-def code_shards(loaded: LoadedTask) -> Any:
-    """The codes the generator was trained on, None if they are gone."""
-    node = loaded.config.get("data")
-    if not node:
-        log.warning("no validation loss: the checkpoint does not say on which codes it was trained")
-        return None
-    check_targets(node)
-    try:
-        data = build(node)
-        data.setup("validate")
-    except FileNotFoundError as error:
-        log.warning("no validation loss: %s", error)
-        return None
-    return data
 
 
 main = hydra_main("evaluate")(run)

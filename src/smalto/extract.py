@@ -2,18 +2,20 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import __version__
 from smalto.data.code_writer import CodeWriter
 from smalto.data.codes import code_dtype
-from smalto.data.crops import CROPS, codes_summary, crop_names
+from smalto.data.crops import CROPS, Crops, codes_summary, crop_names
 from smalto.data.npy_export import export_npy
 from smalto.data.npy_import import import_codes
 from smalto.data.output import OutputFolder
@@ -21,11 +23,16 @@ from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, META, read_meta
 from smalto.data.text_blocks import text_dim
+from smalto.data.transforms import to_float
 from smalto.runtime import hydra_main, record_summary, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
+from smalto.tokenizers.precision import code_agreement, encode, has_fast_bf16, use_bf16
 from smalto.types import ReadyTokenizer
 
 log = logging.getLogger(__name__)
+
+AGREEMENT_IMAGES = 16
+"""On which precision=bf16 is compared with fp32."""
 
 
 def run(config: DictConfig) -> dict[str, Any]:
@@ -64,6 +71,7 @@ def _extract(config: DictConfig, tokenizer: ReadyTokenizer) -> dict[str, Any]:
         crops=config.crops,
         crop_range=config.crop_range,
         batch_size=config.batch_size,
+        precision=config.precision,
         block_size=config.block_size,
         shard_size=config.shard_size,
         workers=config.workers,
@@ -86,6 +94,7 @@ def extract_codes(
     device: str,
     overwrite: bool,
     text: str | Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Encode every image of the shards in ``data``, train and val, into the folder ``out``.
 
@@ -109,10 +118,13 @@ def extract_codes(
         overwrite: remove what an earlier job left in ``out``.
         text: folder of text features that go with the codes: float (tokens, width) in ``SPLIT/KEY.npy``, KEY being the
             number in the names of the image's shard members; stored in half precision. None: no text.
+        precision: of the encoder's convolutions: ``fp32``, ``bf16``, or ``auto`` (bf16 where the device is faster at
+            it). With bf16 some codes change; the share that does not, on the first images, is logged and kept in
+            meta.json as ``code_agreement``.
 
     Returns:
-        ``out``, ``status`` (``written`` or ``reused``), ``num_train``, ``num_val``, ``crops``; the counts are 0 in
-        ranks other than the first.
+        ``out``, ``status`` (``written`` or ``reused``), ``num_train``, ``num_val``, ``crops``, and with bf16
+        ``code_agreement``; the counts are 0 in ranks other than the first.
 
     Raises:
         ValueError: settings outside their range, or a tokenizer that does not do as it says.
@@ -124,6 +136,8 @@ def extract_codes(
     ranges = default_ranges if crop_range is None else [float(r) for r in crop_range]
     size = tokenizer.image_size
     _check(crops, ranges, size, batch_size, block_size, shard_size, workers)
+    place = wanted_device(f"cuda:{Ranks().local_rank}" if device == "auto" and torch.cuda.is_available() else device)
+    bf16 = use_bf16(precision, place)
     code_shape = [list(grid) for grid in tokenizer.code_shape]
     meta = read_meta(data, IMAGES)
     shard_size = -(-shard_size // block_size) * block_size
@@ -143,6 +157,7 @@ def extract_codes(
         "block_size": block_size,
         "shard_size": shard_size,
         **({} if text is None else {"text": str(text)}),
+        **({"precision": "bf16"} if bf16 else {}),
     }
     ranks = Ranks()
     folder = OutputFolder(
@@ -156,13 +171,15 @@ def extract_codes(
     with ranks, _opened_by_the_first(folder, ranks) as finished:
         if finished:
             return codes_summary(folder, "reused", names)
-        place = wanted_device(f"cuda:{ranks.local_rank}" if device == "auto" and torch.cuda.is_available() else device)
+        readers = {split: ImageReader(data, meta, split) for split in meta["splits"]}
+        net = tokenizer.tokenizer.to(place)
+        described |= _agreement(net, readers, size, ranges, CROPS[crops], place) if bf16 else {}
         writer = CodeWriter(
             folder=folder,
             ranks=ranks,
-            readers={split: ImageReader(data, meta, split) for split in meta["splits"]},
+            readers=readers,
             text=None if text is None else Path(text),
-            encode=tokenizer.tokenizer.to(place).encode,
+            encode=partial(encode, net, precision="bf16" if bf16 else "fp32"),
             codebook_size=tokenizer.codebook_size,
             num_tokens=sum(height * width for height, width in code_shape),
             image_size=size,
@@ -189,7 +206,28 @@ def extract_codes(
                     "smalto_version": __version__,
                 }
             )
-        return codes_summary(folder, "written", names)
+        found = {"code_agreement": described["code_agreement"]} if bf16 else {}
+        return codes_summary(folder, "written", names) | found
+
+
+def _agreement(
+    net: Any,
+    readers: Mapping[str, ImageReader],
+    size: int,
+    ranges: list[float],
+    names: Sequence[str],
+    place: torch.device,
+) -> dict[str, Any]:
+    """What bf16 does to the codes of the first images."""
+    reader = max(readers.values(), key=len)
+    first = [np.array([number]) for number in range(min(AGREEMENT_IMAGES, len(reader)))]
+    crops = Crops(reader, first, size, ranges, names)
+    shares = [code_agreement(net, to_float(crops[number].to(place))) for number in range(len(crops))]
+    share = sum(shares) / max(len(shares), 1)
+    log.info("precision=bf16: %.2f %% of the codes of %d images are those of fp32", 100 * share, len(shares))
+    if not has_fast_bf16(place):
+        log.warning("this device has no bf16 units: precision=fp32 is faster here, and exact")
+    return {"precision": "bf16", "code_agreement": share, "code_agreement_images": len(shares)}
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What every verb needs: where conf/ is, composing, building objects, one-line errors, logging."""
 
+import ctypes
 import functools
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -51,6 +53,19 @@ def mark_launch() -> None:
     os.environ.setdefault("SMALTO_LAUNCHED_AT", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
+def keep_freed_memory() -> None:
+    """Let the C library reuse large blocks instead of returning each to the system, up to 2 GB; glibc only.
+
+    A freed tensor above 32 MB is otherwise unmapped, and the next one faults in page by page: a fifth of the time of
+    the tokenizer on a CPU (VQ-16 at 256 px: decode 4.2 to 3.2 core seconds, encode 2.2 to 1.75).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
+
+
 def build(node: Any, **kwargs: Any) -> Any:
     """Instantiate a config node; plain lists and dicts inside, so that nothing of OmegaConf reaches a checkpoint."""
     return hydra.utils.instantiate(node, _convert_="all", **kwargs)
@@ -76,6 +91,8 @@ def hydra_main(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[]
         @functools.wraps(function)
         def task(config: DictConfig) -> Any:
             setup_logging()
+            if name in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
+                keep_freed_memory()
             try:
                 return function(config)
             except (*USER_ERRORS, KeyboardInterrupt) as error:

@@ -113,6 +113,18 @@ class SamplesImages(Protocol):
         ...
 
 
+class CountsFlops(Protocol):
+    """A task that knows the arithmetic of its step; the throughput callback knows nothing else about it."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of an image."""
+
+    @property
+    def training_flops(self) -> float:
+        """Of one image in a training step, forward and backward, a multiply-add as two."""
+
+
 class Reconstructs(Protocol):
     """A task that encodes and decodes images; reconstruction callbacks know nothing else about it."""
 

@@ -207,3 +207,23 @@ def test_lightning_resumes_in_mid_epoch_with_the_same_images(tmp_path, steps, wo
     first = fit(tmp_path, options, max_steps=steps, save_at=steps)
     rest = fit(tmp_path, options, max_steps=12, ckpt_path=tmp_path / "last.ckpt")
     assert first + rest == unbroken
+
+
+@pytest.mark.parametrize("augment", ["center_crop", "random_crop"])
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (21, 13), (9, 40)])
+def test_crops_resized_by_torch_are_nearly_those_of_pillow(tmp_path, augment, size):
+    path = image_shards(tmp_path, size=size, counts=(20, 4))
+    exact, fast = (module(path, augment=augment, resize=resize, flip_prob=0.5) for resize in ("pillow", "torch"))
+    indices = np.arange(20)
+    wanted, found = (data.fetch_train(3, indices)["image"].int() for data in (exact, fast))
+    # noise is the worst case for rounding; another place or scale would differ by tens
+    assert (wanted - found).abs().max() <= 3
+    assert torch.equal(fast.fetch_val(0, indices[:4])["image"], exact.fetch_val(0, indices[:4])["image"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"), [({"resize": "cv2"}, "must be pillow or torch"), ({"resize": "torch"}, "leave it out")]
+)
+def test_resize_that_is_unknown_or_does_nothing_is_refused(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        module(tmp_path, **changes)

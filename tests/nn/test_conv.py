@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample
+from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample, silu
 
 
 def with_single_tap(layer, row: int, column: int):
@@ -67,3 +67,14 @@ def test_spatial_attention_knows_no_positions(generator):
 def test_refuses_widths_that_groups_do_not_divide():
     with pytest.raises(ValueError, match=r"24 channels.*32 groups.*base_channels"):
         Normalize(24)
+
+
+def test_silu_works_in_place_only_where_no_gradient_needs_its_input():
+    x = torch.randn(5)
+    wanted = torch.nn.functional.silu(x)
+    kept = x.clone().requires_grad_()
+    assert torch.equal(silu(kept), wanted)
+    assert torch.equal(kept, x)
+    with torch.no_grad():
+        assert torch.equal(silu(x), wanted)
+    assert torch.equal(x, wanted)

@@ -142,3 +142,14 @@ def test_scheduler_applies_the_factors_and_resumes_by_step():
 def test_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**wrong)
+
+
+def test_fused_falls_back_where_the_device_has_no_kernel(caplog):
+    def optimizer(device: str, **options):
+        net = nn.Linear(2, 2, device=device)
+        return build_optimizer(partial(torch.optim.AdamW, lr=0.1, **options), net)
+
+    assert optimizer("cpu", fused=True).defaults["fused"] is True
+    assert not caplog.records
+    assert optimizer("meta", fused=True).defaults["fused"] is False
+    assert "no fused optimizer" in caplog.text

@@ -45,7 +45,7 @@ def test_first_of_equal_entries_wins(quantizer, latent):
 
 def test_chunks_change_nothing(quantizer, latent, monkeypatch):
     whole = quantizer(latent).codes
-    monkeypatch.setattr(quantize, "LOOKUP_ROWS", 7)  # 90 latents: 12 chunks and a rest
+    monkeypatch.setitem(quantize.LOOKUP_ROWS, "cpu", 7)  # 90 latents: 12 chunks and a rest
     assert torch.equal(quantizer(latent).codes, whole)
 
 

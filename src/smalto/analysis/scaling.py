@@ -79,6 +79,23 @@ class GPTShape:
             train_null=value("conditioner/train_null") is not False,
         )
 
+    @classmethod
+    def of(cls, net: Any) -> "GPTShape":
+        """The shape of a :class:`smalto.models.gpt.GPT`."""
+        text = getattr(net.conditioner, "text_dim", None)
+        return cls(
+            dim=net.dim,
+            num_layers=len(net.blocks),
+            num_heads=net.dim // net.head_dim,
+            vocab_size=net.vocab_size,
+            num_codes=net.num_codes,
+            num_kv_heads=net.num_kv_heads,
+            ffn_multiple_of=net.blocks[0].ffn.down.in_features,
+            num_classes=None if text is not None else net.conditioner.num_classes,
+            text_dim=text,
+            text_tokens=net.conditioner.num_tokens,
+        )
+
     @property
     def prefix(self) -> int:
         """Condition tokens before the codes, P."""

@@ -8,6 +8,9 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+SHOWN = ("train/loss", "train/images_per_second", "train/mfu")
+"""Metrics of training beside the bar, read when they are printed: ``prog_bar=True`` would wait for them every step."""
+
 
 class StepProgress(ProgressBar):
     """Counts optimizer steps to the end of training, not batches to the end of an epoch.
@@ -62,14 +65,10 @@ class StepProgress(ProgressBar):
         now = time.monotonic()
         if now - self._printed >= self._bar.mininterval:
             self._printed = now
-            values = {**trainer.progress_bar_metrics}
+            measured = trainer.callback_metrics
+            values = {key: measured[key] for key in SHOWN if key in measured} | {**trainer.progress_bar_metrics}
             self._bar.set_postfix(
-                {
-                    k.split("/", 1)[-1].removesuffix("_bar"): f"{float(v):.4g}"
-                    for k, v in values.items()
-                    if k != "v_num"
-                },
-                refresh=False,
+                {k.split("/", 1)[-1]: f"{float(v):.4g}" for k, v in values.items() if k != "v_num"}, refresh=False
             )
         self._bar.update(trainer.global_step - self._bar.n)
 

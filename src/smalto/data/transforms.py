@@ -99,11 +99,18 @@ def random_crop(
     The short side becomes an integer drawn uniformly from ``ceil(size / max_frac) .. ceil(size / min_frac)``
     (256..320 for 256), so the square covers between ``min_frac`` and ``max_frac`` of it.
     """
-    smallest, largest = math.ceil(size / max_frac), math.ceil(size / min_frac)
-    image = resize_short_side(image, int(rng.integers(smallest, largest + 1)))
+    image = resize_short_side(image, drawn_short_side(size, rng, min_frac, max_frac))
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
+
+
+def drawn_short_side(
+    size: int, rng: np.random.Generator, min_frac: float = MIN_CROP_FRAC, max_frac: float = MAX_CROP_FRAC
+) -> int:
+    """To what :func:`random_crop` scales the short side."""
+    smallest, largest = math.ceil(size / max_frac), math.ceil(size / min_frac)
+    return int(rng.integers(smallest, largest + 1))
 
 
 def named_crops(image: Image.Image, size: int, crop_range: float, names: Sequence[str]) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.nn.block import TransformerBlock
@@ -98,6 +99,9 @@ class GPT(nn.Module):
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.register_buffer("rope", self._rope_table(), persistent=False)
+        self.recompute_every = 0
+        """In training, blocks 0, n, 2 n, ... keep only their input and run again in the backward pass; 0: none does."""
+        self._train_blocks: Callable[..., Tensor] = _run_blocks
         self.init_weights()
 
     rope: Tensor
@@ -123,6 +127,10 @@ class GPT(nn.Module):
         nn.init.zeros_(self.output.weight)
         self.rope = self._rope_table().to(self.rope.device)
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks of the training pass; parameters keep their names, evaluation and decoding stay eager."""
+        self._train_blocks = torch.compile(_run_blocks)
+
     def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits of every code given the condition and all earlier codes (teacher forcing).
 
@@ -134,15 +142,21 @@ class GPT(nn.Module):
         Returns:
             (B, L, V), float32 outside autocast.
         """
+        return self.output(self.hidden(codes, condition, condition_mask))
+
+    def hidden(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """What the output layer makes the logits of :meth:`forward` of, (B, L, dim): for losses without all logits."""
         prefix = self.conditioner(condition)
         num_condition = prefix.shape[1]
         x = torch.cat([prefix, self.token_embedding(codes[:, :-1])], dim=1)
         mask = None if condition_mask is None else self._causal_mask(condition_mask, x.shape[1])
         x = self.token_dropout(x)
         rope = self.rope[: x.shape[1]]
-        for block in self.blocks:
-            x = block(x, rope, mask=mask)
-        return self.output(self.norm(x[:, num_condition - 1 :]))
+        if self.training:
+            x = self._train_blocks(self.blocks, x, rope, mask, self.recompute_every)
+        else:
+            x = _run_blocks(self.blocks, x, rope, mask, 0)
+        return self.norm(x[:, num_condition - 1 :])
 
     @staticmethod
     def _causal_mask(condition_mask: Tensor, length: int) -> Tensor:
@@ -191,3 +205,13 @@ class GPT(nn.Module):
             x = block(x, rope, mask=mask, cache=cache, layer=i)
         cache.advance(x.shape[1])
         return self.output(self.norm(x[:, -1])).float()
+
+
+def _run_blocks(blocks: nn.ModuleList, x: Tensor, rope: Tensor, mask: Tensor | None, recompute_every: int) -> Tensor:
+    """A function, not a method: what is compiled is no module, so none changes its name."""
+    for i, block in enumerate(blocks):
+        if recompute_every and i % recompute_every == 0:
+            x = checkpoint(block, x, rope, mask=mask, use_reentrant=False)
+        else:
+            x = block(x, rope, mask=mask)
+    return x

@@ -1,7 +1,13 @@
 """Convolutional parts of the VQGAN (arXiv:2012.09841, section 3.1; LlamaGen keeps them)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def silu(x: Tensor) -> Tensor:
+    """``x * sigmoid(x)`` of a tensor that nobody else needs, in its memory where no gradient asks for it later."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class Normalize(nn.GroupNorm):
@@ -30,8 +36,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         return self.shortcut(x) + h
 
 

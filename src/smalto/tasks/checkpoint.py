@@ -200,7 +200,7 @@ def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema
     kind, config = checkpoint[CONFIG_KEY]["kind"], checkpoint[CONFIG_KEY]["config"]
     node = dict(config["task"])
     if kind == "gpt":
-        node["tokenizer_ckpt"] = tokenizer_ckpt
+        node |= {"tokenizer_ckpt": tokenizer_ckpt, "compile": False}
     else:
         node["discriminator"] = node["perceptual"] = None
     # Only training needs these; they may need packages and files of the machine that trained.

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
+from smalto.losses.cross_entropy import linear_cross_entropy
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.memory import check_batch
@@ -31,6 +33,10 @@ class GPTTask(L.LightningModule):
         tokenizer_ckpt: checkpoint of the tokenizer that wrote the codes; its weights become part of this task's
             checkpoints, so sampling later needs one file. None trains without pictures.
         decode_batch_size: images per tokenizer pass when samples are decoded.
+        loss_rows: codes whose logits exist at a time in training; 0: all of them, the logits of the whole batch.
+        recompute_every: every n-th block recomputes its activations in the backward pass instead of keeping them;
+            0: none, 1: all. Trades a third more arithmetic for the memory of the blocks.
+        compile: compile the blocks (a minute or more, once); validation and sampling stay eager.
     """
 
     def __init__(
@@ -41,13 +47,24 @@ class GPTTask(L.LightningModule):
         schedule: Schedule | None = None,
         tokenizer_ckpt: str | Path | None = None,
         decode_batch_size: int = 64,
+        loss_rows: int = 0,
+        recompute_every: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        if min(loss_rows, recompute_every) < 0:
+            raise ValueError(
+                f"task.loss_rows is {loss_rows} and task.recompute_every is {recompute_every}; both must be at least 0 "
+                "(0 switches off)"
+            )
         self.net_factory = net
         self.optimizer_factory = optimizer
         self.schedule = schedule or Schedule()
         self.tokenizer_ckpt = tokenizer_ckpt
         self.decode_batch_size = decode_batch_size
+        self.loss_rows = loss_rows
+        self.recompute_every = recompute_every
+        self.compile_net = compile
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -64,6 +81,9 @@ class GPTTask(L.LightningModule):
         if self.net is not None:
             return
         self.net = self.net_factory()
+        self.net.recompute_every = self.recompute_every
+        if self.compile_net:
+            self.net.compile_blocks()
         if self.tokenizer_ckpt is not None:
             loaded = load_tokenizer(self.tokenizer_ckpt)
             self.attach_tokenizer(loaded.tokenizer, loaded.config)
@@ -88,7 +108,7 @@ class GPTTask(L.LightningModule):
                 f"the tokenizer has {given[0]} codes on the grid {given[1]}, the model expects {wanted[0]} on "
                 f"{wanted[1]}; choose tokenizer= and image_size= as the tokenizer was trained, or another one"
             )
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tokenizer_config = config
 
     def train(self, mode: bool = True) -> "GPTTask":
@@ -110,6 +130,16 @@ class GPTTask(L.LightningModule):
             "lr_scheduler": {"scheduler": self.schedule.scheduler(optimizer), "interval": "step"},
         }
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of an image."""
+        return self.net.num_codes
+
+    @property
+    def training_flops(self) -> float:
+        """Of one image in a training step, recomputation not counted, as :class:`smalto.analysis.scaling.GPTShape`."""
+        return GPTShape.of(self.net).training_flops
+
     @staticmethod
     def condition(batch: CodeBatch) -> tuple[Tensor, Tensor | None]:
         """What the batch is conditioned on, and the mask of its valid tokens."""
@@ -124,8 +154,12 @@ class GPTTask(L.LightningModule):
 
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per code, in nats."""
-        loss, _ = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        if self.loss_rows:
+            hidden = self.net.hidden(batch["codes"], *self.condition(batch)).flatten(0, 1)
+            loss = linear_cross_entropy(hidden, self.net.output.weight, batch["codes"].flatten(), rows=self.loss_rows)
+        else:
+            loss, _ = self._loss(batch)
+        self.log("train/loss", loss)  # not prog_bar: Lightning would fetch it from the device in every step
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 

@@ -1,5 +1,6 @@
 """Optimizer groups and learning-rate schedules, the same for every task and strategy."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,6 +9,11 @@ from functools import partial
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+log = logging.getLogger(__name__)
+
+FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu", "hpu", "mtia"}
+"""For which torch has optimizers in one kernel; on others ``fused=True`` would fail at the first step."""
 
 DECAYED_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -29,8 +35,13 @@ def parameter_groups(net: nn.Module) -> list[dict]:
 
 
 def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) -> Optimizer:
-    """Call a partial optimizer with the groups of ``net``."""
-    return factory([group for group in parameter_groups(net) if group["params"]])
+    """Call a partial optimizer with the groups of ``net``; without its ``fused`` kernel where the device has none."""
+    groups = [group for group in parameter_groups(net) if group["params"]]
+    devices = {p.device.type for group in groups for p in group["params"]}
+    if isinstance(factory, partial) and factory.keywords.get("fused") and not devices <= FUSED_DEVICES:
+        log.warning("no fused optimizer on %s: using the plain one, same numbers, more time", ", ".join(devices))
+        factory = partial(factory, fused=False)
+    return factory(groups)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from smalto.data.transforms import to_float, to_pixels
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
+from smalto.nn.flops import forward_flops
 from smalto.tasks.optim import Schedule, build_optimizer
 from smalto.types import CodeShape, ImageBatch
 
@@ -129,6 +130,27 @@ class TokenizerTask(L.LightningModule):
         """Grid of codes of an image."""
         return self.net.code_shape
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of an image."""
+        return sum(rows * columns for rows, columns in self.code_shape)
+
+    @property
+    def training_flops(self) -> float:
+        """Of one image in the training step that comes next, a multiply-add as two.
+
+        A backward pass costs what the forward pass does for inputs, and as much again for weights. The perceptual
+        network sees both images and gives gradients to one; the discriminator, once it is there, judges one for the
+        generator and two for itself.
+        """
+        image = torch.empty(1, 3, self.net.image_size, self.net.image_size, device="meta")
+        flops = 3.0 * forward_flops(self.net, image)
+        if self.perceptual is not None:
+            flops += 3 * forward_flops(self.perceptual, image, image) / 2
+        if self.discriminator is not None and self.global_step >= self.disc_start:
+            flops += 8 * forward_flops(self.discriminator, image)
+        return flops
+
     @staticmethod
     def _image(batch: ImageBatch) -> Tensor:
         return to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
@@ -151,7 +173,6 @@ class TokenizerTask(L.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
         self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()})
-        self.log("train/loss_bar", losses["loss"].detach(), prog_bar=True, logger=False)
         self.log("train/lr", rate)
 
     def _generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample
+from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample, silu
 from smalto.tokenizers.quantize import QuantizerOutput, VectorQuantizer
 from smalto.types import CodeShape
 
@@ -104,7 +103,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return self.conv_out(silu(self.norm_out(self.middle(x))))
 
 
 class Decoder(nn.Module):
@@ -135,7 +134,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(z))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class VQModel(nn.Module):

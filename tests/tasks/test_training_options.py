@@ -1,0 +1,139 @@
+"""Options of the training step: what they may change is time and memory, not the numbers."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smalto.callbacks.throughput import Throughput
+from smalto.models.conditioner import ClassConditioner
+from smalto.models.gpt import GPT
+from tiny_tasks import SHAPE, VOCABULARY, make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
+
+LEARNING_RATE = 1e-2
+
+
+def weights_after(folder, *, trainer=None, batch_size=8, dropout=0.1, steps=3, **options):
+    net = partial(
+        GPT,
+        dim=32,
+        num_layers=3,
+        num_heads=2,
+        vocab_size=VOCABULARY,
+        code_shape=SHAPE,
+        conditioner=partial(ClassConditioner, num_classes=3, drop_prob=dropout),
+        ffn_multiple_of=16,
+        token_dropout=dropout,
+        resid_dropout=dropout,
+        ffn_dropout=dropout,
+    )
+    task, data = make_gpt_task(net=net, **options), make_codes()
+    data.batch_size = batch_size
+    torch.manual_seed(0)
+    task.configure_model()
+    torch.nn.init.normal_(task.net.output.weight, std=0.02)  # at zero no gradient would reach the blocks
+    make_trainer(folder, max_steps=steps, gradient_clip_val=1.0, **trainer or {}).fit(task, data)
+    return task.net.state_dict()
+
+
+def assert_same(found, wanted):
+    """To a thousandth of a step: AdamW divides by the gradient's size, which magnifies rounding of tiny ones."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-3 * LEARNING_RATE, msg=name)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_blocks_give_the_same_weights_with_dropout(tmp_path, every):
+    assert_same(weights_after(tmp_path, recompute_every=every), weights_after(tmp_path))
+
+
+def test_recomputed_blocks_run_twice_in_training_only(class_gpt):
+    calls = []
+    class_gpt.recompute_every = 2
+    for block in class_gpt.blocks:
+        block.ffn_norm.register_forward_pre_hook(lambda *_, block=block: calls.append(block))
+    codes = torch.zeros(1, class_gpt.num_codes, dtype=torch.int64)
+    class_gpt.train()(codes, torch.tensor([0])).sum().backward()
+    assert len(calls) == len(class_gpt.blocks) + (len(class_gpt.blocks) + 1) // 2
+    calls.clear()
+    class_gpt.eval()(codes, torch.tensor([0])).sum().backward()
+    assert len(calls) == len(class_gpt.blocks)
+
+
+@pytest.mark.parametrize("rows", [5, 10_000])
+def test_loss_by_rows_gives_the_same_weights(tmp_path, rows):
+    assert_same(weights_after(tmp_path, loss_rows=rows), weights_after(tmp_path))
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+    halves = weights_after(tmp_path, batch_size=8, trainer={"accumulate_grad_batches": 2}, dropout=0.0)
+    assert_same(halves, weights_after(tmp_path, batch_size=16, dropout=0.0))
+
+
+def test_compiled_blocks_keep_names_and_numbers(class_gpt):
+    codes = torch.randint(class_gpt.vocab_size, (2, class_gpt.num_codes), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1])
+    names = class_gpt.state_dict().keys()
+    for module in class_gpt.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    class_gpt.conditioner.drop_prob = 0.0
+    plain = class_gpt(codes, labels)
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+        class_gpt.compile_blocks()
+    assert len(compiled) == 1
+    class_gpt._train_blocks = torch.compile(compiled[0], backend="aot_eager")
+    torch.testing.assert_close(class_gpt(codes, labels), plain)
+    assert class_gpt.state_dict().keys() == names
+    cache = class_gpt.new_cache(2)
+    class_gpt.prefill(labels, cache)  # decoding does not pass through what was compiled
+
+
+def test_compile_is_asked_of_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self: asked.append(self))
+    make_gpt_task().configure_model()
+    assert not asked
+    task = make_gpt_task(compile=True)
+    task.configure_model()
+    assert asked == [task.net]
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_weights(tmp_path):
+    assert_same(weights_after(tmp_path, compile=True, dropout=0.0), weights_after(tmp_path, dropout=0.0))
+
+
+@pytest.mark.parametrize("option", ["loss_rows", "recompute_every"])
+def test_negative_options_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} is -1"):
+        make_gpt_task(**{option: -1})
+
+
+class CountWaits(TorchDispatchMode):
+    """Numbers fetched from the device, each of which would make a GPU finish first."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
+def test_no_step_waits_for_the_device(tmp_path, kind):
+    def waits(steps: int) -> int:
+        fused = partial(torch.optim.AdamW, lr=1e-2, fused=True)
+        task = make_gpt_task(optimizer=fused) if kind == "gpt" else make_tokenizer_task(optimizer=fused, disc_start=0)
+        settings = {"limit_val_batches": 0, "log_every_n_steps": 1000}
+        settings |= {"gradient_clip_val": 1.0} if kind == "gpt" else {}
+        trainer = make_trainer(tmp_path, Throughput(window=2, peak_tflops=1.0), max_steps=steps, **settings)
+        with CountWaits() as counter:
+            trainer.fit(task, make_codes() if kind == "gpt" else make_images())
+        return counter.count
+
+    assert waits(7) == waits(3)
