@@ -1,6 +1,5 @@
 """Improved precision and recall (arXiv:1904.06991) by blocks of rows, without an N x N matrix."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ class PrecisionRecall(Metric):
         *,
         num_features: int,
         k: int = 3,
-        block_size: int = 2000,
+        block_size: int = 1000,
         distance_dtype: DistanceDtype = "fp32",
         **kwargs: Any,
     ) -> None:
@@ -107,7 +106,7 @@ def precision_recall(
     fake: Tensor,
     *,
     k: int = 3,
-    block_size: int = 2000,
+    block_size: int = 1000,
     distance_dtype: DistanceDtype = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """See `PrecisionRecall`; real (N, D), fake (M, D)."""
@@ -116,38 +115,59 @@ def precision_recall(
             f"precision and recall with k={k} need more than {k} images a side, got {real.shape[0]} real and "
             f"{fake.shape[0]} generated"
         )
-    distances = _half_distances if distance_dtype == "fp16" else _squared_distances
     if distance_dtype == "fp32":
         centre = real.mean(dim=0)  # |a|^2 + |b|^2 - 2ab loses digits when the mean is large against the spread
         real, fake = real - centre, fake - centre
-    real_radii, fake_radii = (_radii(x, k, block_size, distances) for x in (real, fake))
+    points = _HalfPoints if distance_dtype == "fp16" else _Points
+    reals, fakes = points(real), points(fake)
+    real_radii, fake_radii = (_radii(x, k, block_size) for x in (reals, fakes))
     covered = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled = []
     for start in range(0, len(real), block_size):
         rows = slice(start, start + block_size)
-        distance = distances(real[rows], fake)
+        distance = reals.squared_distances(rows, fakes)
         recalled.append((distance <= fake_radii).any(dim=1))
         covered |= (distance <= real_radii[rows, None]).any(dim=0)
     return covered.float().mean(), torch.cat(recalled).float().mean()
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    squared = torch.addmm(b.square().sum(dim=1).expand(a.shape[0], -1), a, b.T, alpha=-2)
-    return squared.add_(a.square().sum(dim=1, keepdim=True)).clamp_(min=0)
+class _Points:
+    """Features (N, D) with their squared norms, which every block of distances needs."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.norms = torch.linalg.vector_norm(features, dim=1).square_()
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def squared_distances(self, rows: slice, other: "_Points") -> Tensor:
+        """Float32 (rows, M)."""
+        part = self.features[rows]
+        squared = torch.addmm(other.norms.expand(len(part), -1), part, other.features.T, alpha=-2)
+        return squared.add_(self.norms[rows, None]).clamp_(min=0)
 
 
-def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """As ADM's evaluator: features, norms, products and sums rounded to float16; float32 if that overflows."""
-    half_a, half_b = a.half(), b.half()
-    norm_a, norm_b = (x.float().square().half().float().sum(dim=1).half() for x in (half_a, half_b))
-    product = (half_a.float() @ half_b.float().T).half()  # sums in float32, as GPUs do
-    squared = ((norm_a[:, None] - 2 * product) + norm_b).float()
-    return squared if bool(squared.isfinite().all()) else _squared_distances(a, b)
+class _HalfPoints(_Points):
+    """As in ADM's evaluator: features, norms, products and sums rounded to float16; float32 where that overflows."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__(features)
+        self.rounded = features.half().float()  # products in float32 then sum as on a GPU
+        squares = (part.square().half().float().sum(dim=1) for part in self.rounded.split(2000))
+        self.half_norms = torch.cat([*squares]).half()
+
+    def squared_distances(self, rows: slice, other: "_Points") -> Tensor:
+        """See the base class."""
+        assert isinstance(other, _HalfPoints)
+        product = (self.rounded[rows] @ other.rounded.T).half()
+        squared = ((self.half_norms[rows, None] - 2 * product) + other.half_norms).float()
+        return squared if bool(squared.isfinite().all()) else super().squared_distances(rows, other)
 
 
-def _radii(points: Tensor, k: int, block_size: int, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _radii(points: _Points, k: int, block_size: int) -> Tensor:
     # k + 1: the nearest point of the same set is the point itself.
-    blocks = (distances(block, points) for block in points.split(block_size))
+    blocks = (points.squared_distances(slice(i, i + block_size), points) for i in range(0, len(points), block_size))
     return torch.cat([distance.topk(k + 1, dim=1, largest=False).values[:, -1] for distance in blocks])
 
 
