@@ -129,6 +129,12 @@ def test_sample_and_measure_a_generator(home, generator, images):
     values = measured(generator, f"reference={images}", "num_samples=10", "protocol.eval_size=32", "batch_size=10")
     assert "fid_lite0_32" in values
     assert "loss" not in values, "which codes it was trained on is not known"
+    grid = ["guidance_scales=[1,3]", "num_samples=[6,10]", f"save={home / 'saved'}", f"out={home / 'grid.json'}"]
+    values = measured(generator, f"reference={images}", *grid)
+    assert len([name for name in values if "/fid_" in name]) == 4
+    assert np.load(home / "saved/cfg_scale3.npz")["arr_0"].shape == (10, 16, 16, 3)
+    with pytest.raises(FileExistsError, match="is in use"):
+        measured(generator, f"reference={images}", "num_samples=10", f"save={home / 'saved'}")
 
 
 def test_a_generator_without_a_tokenizer_says_so(home, images):

@@ -92,6 +92,12 @@ def test_reference_alone_is_measured_and_kept(sets, tmp_path):
         run(f"samples={fake}", f"reference={file}", "kind=reconstruction")
 
 
+def test_samples_of_another_size_than_the_protocols_are_refused(sets):
+    real, fake = sets
+    with pytest.raises(ValueError, match="has images of 16 px, protocol=smalto measures at 8"):
+        run(f"samples={fake}", f"reference={real}", "protocol.eval_size=8")
+
+
 def test_presets_are_the_published_rules():
     adm, paper = (compose("evaluate", [f"protocol={name}", "reference=x"]) for name in ("adm", "llamagen"))
     for preset in (adm, paper):

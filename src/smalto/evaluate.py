@@ -45,6 +45,7 @@ def run(config: DictConfig) -> dict[str, float]:
     Raises:
         ValueError: nothing to measure or to compare with, settings out of range, a reference of the wrong kind.
         FileNotFoundError: a path that is not there.
+        FileExistsError: ``save`` is a folder with something else in it.
     """
     check(config)
     loaded = None
@@ -57,7 +58,8 @@ def run(config: DictConfig) -> dict[str, float]:
             rows = [Measured.from_plain(row) for row in known["rows"]]
             log.info("measured already, the table is from %s (overwrite=true measures again)", job.out)
         else:
-            ranks.wait()  # nobody looks for the result after the first has written it
+            claim_save(job)
+            ranks.wait()  # nobody looks for what is there after the first has written
             rows = measure(job)
             known = {"protocol": job.protocol}
             if ranks.first:
@@ -96,6 +98,16 @@ def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
     if wanted is None:
         wanted = at_hand if at_hand and not config.protocol.published else config.protocol.num_samples
     return sorted(wanted) if isinstance(wanted, ListConfig) else [wanted]
+
+
+def claim_save(job: Job) -> None:
+    """Refuse to write images among others; what this very evaluation left when it was interrupted is its own."""
+    save = job.save
+    if save is None or job.config.overwrite or job.part_dir.exists():
+        return
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise FileExistsError(f"save={save} is in use; give a new folder, or overwrite=true to write into it")
+    job.part_dir.mkdir(parents=True, exist_ok=True)
 
 
 def measure(job: Job) -> list[Measured]:
@@ -185,7 +197,13 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
             raise ValueError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
     else:
         pictures = open_pictures(config.samples, image_size=config.image_size)
-        wanted = counts(config, len(pictures))
+        wanted, side = counts(config, len(pictures)), pictures.read(range(1)).shape[-1]
+        if side != (config.protocol.eval_size or side):
+            raise ValueError(
+                f"{config.samples} has images of {side} px, protocol={config.protocol.name} measures at "
+                f"{config.protocol.eval_size}; they must be resized before they are rounded (smalto sample eval_size="
+                f"{config.protocol.eval_size}), or set protocol.eval_size=null to measure them as they are"
+            )
         if max(wanted) > len(pictures):
             raise ValueError(
                 f"{config.samples} holds {len(pictures)} images, {max(wanted)} are needed (num_samples, or protocol="
@@ -223,12 +241,12 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
 
 def keep(job: Job, rows: list[Measured]) -> None:
     """JSON, the measured images packed, one MLflow run per row, and an end to what was put aside."""
+    if job.save is not None and job.save.is_dir():
+        for folder in sorted(path for path in job.save.iterdir() if path.is_dir()):
+            pack_npz(PictureFolder(folder), len(list(folder.glob("*.png"))), folder.with_suffix(".npz"))
     job.out.parent.mkdir(parents=True, exist_ok=True)
     plain = {"metrics": flat(rows), "rows": [row.plain() for row in rows]}
     write_json(job.out, plain | {"protocol": job.protocol, "requested": job.requested})
-    if job.save is not None:
-        for folder in sorted(path for path in job.save.iterdir() if path.is_dir()):
-            pack_npz(PictureFolder(folder), len(list(folder.glob("*.png"))), folder.with_suffix(".npz"))
     for row in rows:
         varied = {key if key == "num_samples" else f"sampling.{key}": value for key, value in row.settings.items()}
         params = job.protocol | varied
