@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from forked_ranks import run_ranks
 from picture_files import make_pixels, write_folder, write_npz
 from smalto import evaluate
 from smalto.data.transforms import to_pixels
@@ -69,6 +70,21 @@ def test_counts_of_samples(sets):
         run(f"samples={fake}", f"reference={real}", "num_samples=80")
     with pytest.raises(ValueError, match="50000 are needed"):
         run(f"samples={fake}", f"reference={real}", "protocol=adm", "features=lite0", "features.size=32")
+
+
+def test_two_processes_share_the_work(sets, tmp_path):
+    real, fake = sets
+    asked = (f"samples={fake}", f"reference={real}", "batch_size=7")
+    expected = run(*asked, f"paths.references={tmp_path / 'one'}", f"out={tmp_path / 'one.json'}")
+
+    def evaluated(rank):
+        return run(*asked, f"paths.references={tmp_path / 'two'}", f"out={tmp_path / 'two.json'}")
+
+    first, second = run_ranks(evaluated, 2)
+    # Other numbers of threads may add in another order in the network.
+    assert first == pytest.approx(expected, rel=1e-4), first
+    assert second == {}
+    assert len(list((tmp_path / "two").iterdir())) == 1
 
 
 def test_reconstructions_made_elsewhere(sets, tmp_path, capsys):

@@ -6,12 +6,16 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 from smalto.metrics.manifold import PrecisionRecall, precision_recall
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_equals_torch_fidelity(generator, k):
-    real = torch.randn(300, 8, generator=generator) + 5
-    fake = torch.randn(250, 8, generator=generator) * 0.8 + 5.3
+def test_equals_torch_fidelity(generator, k, dtype):
+    real = torch.randn(300, 8, generator=generator, dtype=dtype) + 5
+    fake = torch.randn(250, 8, generator=generator, dtype=dtype) * 0.8 + 5.3
     expected = calculate_precision_recall_full(fake, real, neighborhood=k)
-    found = precision_recall(real, fake, k=k, block_size=64)
+    metric = PrecisionRecall(num_features=8, k=k, block_size=64)
+    for side, features in ((True, real), (False, fake)):
+        metric.update(features, real=side)
+    found = metric.compute()
     assert [float(v) for v in found] == pytest.approx(expected, abs=1e-6)
     assert 0.05 < expected[0] < 1.0  # the comparison means something
     assert 0.05 < expected[1] < 1.0

@@ -64,4 +64,5 @@ def test_two_processes_equal_one(tmp_path, free_port):
         values, n, pool = torch.load(tmp_path / file, weights_only=True)
         assert n == 150, file
         torch.testing.assert_close(pool, reference.pool)  # same order: ranks are concatenated
-        assert values == pytest.approx(expected, rel=1e-6), file
+        # A float32 feature's last bit may depend on its row in a chunk; what is summed up in float64 does not.
+        assert values == pytest.approx(expected, rel=1e-8), file

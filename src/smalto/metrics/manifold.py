@@ -54,14 +54,15 @@ class PrecisionRecall(Metric):
         self.add_state("fake", default=[], dist_reduce_fx="cat")
 
     def update(self, pool: Tensor, real: bool) -> None:
-        """Add features (B, D) of real or generated images.
+        """Add features (B, D) of real or generated images; float64 stays, others become float32.
 
         Raises:
             ValueError: real features after `set_real`.
         """
         if real and self._given is not None:
             raise ValueError("real features were set from a reference; drop it to measure real images instead")
-        (self.real if real else self.fake).append(pool.detach().float())
+        pool = pool.detach()
+        (self.real if real else self.fake).append(pool if pool.dtype == torch.float64 else pool.float())
 
     def set_real(self, pool: Tensor) -> None:
         """Use known features (N, D) for the real side, the same on every process; never gathered."""
@@ -77,7 +78,7 @@ class PrecisionRecall(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Precision and recall, float32 scalars in [0, 1].
+        """Precision and recall, float32 scalars in [0, 1]; distances are taken in the dtype of the features.
 
         Raises:
             ValueError: not more than k images on a side.
