@@ -5,7 +5,7 @@ from tiny_features import TinyFeatures
 
 from forked_ranks import run_ranks
 from picture_files import make_pixels, write_folder, write_npz
-from smalto.data.ranks import Ranks
+from smalto.data.ranks import Ranks, shared_device
 from smalto.evaluation import begun
 from smalto.evaluation.references import find_reference
 from smalto.metrics.reference import chain_hash
@@ -137,3 +137,14 @@ def test_two_processes_measure_what_one_does(tmp_path, tiny, rules):
         np.testing.assert_allclose(cov, expected.gaussian.cov.numpy(), rtol=1e-9, atol=1e-14)
         np.testing.assert_allclose(spatial, expected.spatial.mean.numpy(), rtol=1e-9)
         assert (n, tuple(shape)) == (45, (45, 48))
+
+
+def test_sums_lie_where_they_can_be_shared():
+    """gloo gathers CPU tensors only; alone, or with NCCL, they stay where the network works."""
+
+    def where(rank):
+        with Ranks():
+            return str(shared_device(torch.device("cuda")))
+
+    assert run_ranks(where, 2) == ["cpu", "cpu"]
+    assert shared_device(torch.device("cuda")) == torch.device("cuda")

@@ -5,6 +5,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import distributed
 
 PATIENCE = timedelta(days=7)
@@ -61,3 +62,9 @@ class Ranks:
         """Until all ranks are here."""
         if self.world_size > 1:
             distributed.barrier()
+
+
+def shared_device(device: torch.device) -> torch.device:
+    """Where tensors of this ``device`` must lie when processes add them up: gloo gathers on the CPU only."""
+    joined = distributed.is_available() and distributed.is_initialized()
+    return torch.device("cpu") if joined and distributed.get_backend() == "gloo" else device

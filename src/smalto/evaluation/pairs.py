@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smalto.data.picture_sets import PictureSet
 from smalto.data.progress import progress
-from smalto.data.ranks import Ranks
+from smalto.data.ranks import Ranks, shared_device
 from smalto.data.transforms import to_float
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.reconstruction import ReconstructionMetrics
@@ -95,6 +95,8 @@ def measure_pairs(
             metrics.update(image.to(device), rebuilt.to(device), codes)
             advance(len(indices))
             begun.save(number)
+    if ranks.world_size > 1:
+        metrics.to(shared_device(metrics.distribution.device))
     scores = metrics.compute()
     begun.remove()
     return scores

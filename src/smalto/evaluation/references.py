@@ -13,6 +13,7 @@ from torch import Tensor
 from smalto.data.npz_images import IMAGES_KEY, npz_names, read_npz_statistics
 from smalto.data.picture_sets import PictureSet, Split, open_pictures
 from smalto.data.progress import progress
+from smalto.data.ranks import shared_device
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.distribution import Gaussian
 from smalto.metrics.features import FeatureExtractor
@@ -100,7 +101,9 @@ def measured_reference(
         log.info("reference: %s, measured before", file)
         return Reference.load(file, extractor=features.name, kind=kind)
     suite = GenerationMetrics(features=features, num_classes=pictures.num_classes, kind=kind, rules=rules)
-    suite.to(next(features.parameters(), torch.zeros(0)).device)
+    device = next(features.parameters(), torch.zeros(0)).device
+    suite.to(shared_device(device))
+    features.to(device)  # the sums may lie elsewhere, the network stays
     todo = list(batches(range(count), batch_size))[rank::world_size]
     begun = Begun(file.with_suffix(f".part{rank}of{world_size}x{batch_size}.pt"), suite)
     done, content = begun.restore("")
@@ -111,7 +114,7 @@ def measured_reference(
             if world_size == 1:  # a chain needs all images in order
                 content = chain_hash(content, image)
             label = None if pictures.labels is None else pictures.labels[block.start : block.stop]
-            suite.update_real(image.to(suite.device), label)
+            suite.update_real_features(features(image.to(device)).to(suite.device), label)
             advance(len(block))
             begun.save(number, content)
     protocol = pictures.settings | {"num_images": count}

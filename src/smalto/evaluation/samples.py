@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,8 +127,7 @@ def _scores(blocks: FeatureBlocks, suite: GenerationMetrics, tiers: Sequence[int
     suite.reset_fake()
     found: dict[int, Scores] = {}
     for block, features, label in blocks.read():
-        features = Features(**{name: value.to(suite.device) for name, value in vars(features).items()})
-        suite.update_fake_features(features, label, torch.from_numpy(np.arange(block.start, block.stop)))
+        suite.update_fake_features(features.to(suite.device), label, torch.arange(block.start, block.stop))
         if block.stop in tiers:
             found[block.stop] = suite.compute()
     return found

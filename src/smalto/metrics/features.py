@@ -33,6 +33,10 @@ class Features:
         """Some of the images."""
         return Features(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def to(self, device: torch.device | str) -> "Features":
+        """The same on another device."""
+        return Features(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     @classmethod
     def joined(cls, parts: "list[Features]") -> "Features":
         """Several batches as one."""
