@@ -30,6 +30,7 @@ from smalto.runtime import build, hydra_main, record
 from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import load_task
+from smalto.tokenizers.precision import use_bf16
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +106,9 @@ def measure(job: Job) -> list[Measured]:
     job.protocol |= {"protocol": config.protocol.name, "features": features.name}
     if loaded is not None:
         loaded.task.to(job.device)
+        loaded.task.engine = build(config.engine)
+        job.protocol["pictures"] = "bf16" if use_bf16(config.engine.decode, job.device) else "fp32"
         if loaded.kind == "gpt":
-            loaded.task.engine = build(config.engine)
             job.protocol["decoding"] = resolve_dtype(config.engine.dtype, job.device)
         size, rounding = config.protocol.eval_size, config.protocol.rounding
         loaded.task.to_pixels = partial(to_pixels, size=size, rounding=rounding)
