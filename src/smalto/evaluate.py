@@ -146,7 +146,7 @@ def measure_reconstructions(
     originals = open_pictures(path, image_size=size, split=config.reference_split)
     count = min(config.reference_limit or len(originals), len(originals))
     pairs = (
-        from_sets(originals, open_pictures(config.samples, image_size=config.image_size))
+        from_sets(originals, open_pictures(config.samples, image_size=config.image_size, split=None))
         if loaded is None
         else from_tokenizer(loaded.task, originals)
     )
@@ -186,7 +186,7 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
         if classes is None:
             raise ValueError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
     else:
-        pictures = open_pictures(config.samples, image_size=config.image_size)
+        pictures = open_pictures(config.samples, image_size=config.image_size, split=None)
         wanted = counts(config, len(pictures))
         if max(wanted) > len(pictures):
             raise ValueError(
