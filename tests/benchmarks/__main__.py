@@ -2,9 +2,10 @@
 
 One table and one JSON file in outputs/bench, in under ten minutes on two cores. Without ``peer`` (a checkout of
 FoundationVision/LlamaGen, imported unchanged) the other side of sampling, training and tokenizer is plain code written
-here for the purpose, and goals that are about the authors' code stay open. Contestants take turns within a round;
-figures are medians of ratios within rounds (:mod:`benchmarks.paired`). With one thread the clock is processor time,
-which other processes disturb least; ``threads=2`` is for an idle machine, with the clock on the wall.
+here for the purpose, and goals that are about the authors' code stay open. Every part has a process of its own.
+Contestants take turns within a round; figures are medians of ratios within rounds (:mod:`benchmarks.paired`); long
+calls take fewer rounds than asked for. With one thread the clock is processor time, which other processes disturb
+least; ``threads=2`` is for an idle machine, with the clock on the wall. Ctrl-C leaves what was measured in the file.
 
 What was tried, predicted and measured, in short; the docstrings of the modules have the figures:
 
@@ -49,7 +50,7 @@ def main(words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("bench: interrupted; what was measured is in the file\n")
-        return 130
+        return assembly.INTERRUPTED
     return 0
 
 

@@ -25,7 +25,6 @@ def describe_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "fast_bf16": has_fast_bf16("cpu"),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -40,29 +40,39 @@ def test_a_goal_is_met_missed_or_open(ratio, goal, comparable, met):
 
 
 def test_the_command_writes_table_and_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(assembly.PARTS, "ceilings", lambda options: iter(ceilings.ceiling_rows(seconds=0.05)))
+    def part(options):
+        yield Row(f"rounds {options.rounds}", 1.0, 4.0, 0.25, "s", "<= 0.3")
+        yield Row("processes", float(os.getpid()), float(parent), None, "")
+        yield Row("threads", float(torch.get_num_threads()), None, None, "")
+
+    monkeypatch.setitem(assembly.PARTS, "data", part)
     for name in THREADS:
         monkeypatch.setenv(name, "2")  # put back at the end
-    before, out = torch.get_num_threads(), tmp_path / "deep/bench.json"
-    try:
-        assert main(["rounds=1", "parts=ceilings", f"out={out}"]) == 0
-        assert {os.environ[name] for name in THREADS} == {"1"}
-    finally:
-        torch.set_num_threads(before)
+    parent, out = os.getpid(), tmp_path / "deep/bench.json"
+    assert main(["rounds=3", "threads=1", "parts=data", f"out={out}"]) == 0
+    assert {os.environ[name] for name in THREADS} == {"1"}
     found, printed = json.loads(out.read_text()), capsys.readouterr()
-    assert [row["name"] for row in found["rows"]] == [
-        "matrix product, fp32, best",
-        "matrix product, bf16, best",
-        "memory read, best",
-    ]
-    assert found["rows"][0]["ours"] > 1
-    assert 0.1 < found["rows"][2]["ours"] < 10_000
-    assert found["machine"]["threads"] == 1
+    first, processes, threads = found["rows"]
+    assert (first["part"], first["name"], first["met"]) == ("data", "rounds 3", True)
+    assert processes["ours"] != processes["baseline"]
+    assert threads["ours"] == 1
+    assert found["options"] == {"rounds": 3, "peer": None, "threads": 1, "parts": ["data"]}
     assert found["machine"]["torch"] == torch.__version__
-    assert [part["part"] for part in found["finished"]] == ["ceilings"]
-    assert "[1/1] ceilings" in printed.err
-    assert "memory read, best" in printed.out
+    assert [part["part"] for part in found["finished"]] == ["data"]
+    assert "[1/1] data" in printed.err
+    assert "rounds 3" in printed.out
     assert found["machine"]["cpu"] in printed.out
+
+
+def test_a_part_that_fails_is_an_error(tmp_path, monkeypatch):
+    def broken(options):
+        yield Row("first", 1.0, 2.0, 0.5, "s")
+        raise OSError("gone")
+
+    monkeypatch.setattr(assembly, "PARTS", {"a": broken})
+    with pytest.raises(RuntimeError, match="a failed"):
+        assembly.run(parts=["a"], options=Options(), out=tmp_path / "x.json")
+    assert [row["name"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]] == ["first"]
 
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -87,7 +97,14 @@ def test_the_table_says_why_a_figure_or_a_verdict_is_missing(monkeypatch):
         Row("stand-in", 1.0, 2.0, 0.5, "s", "<= 0.6", comparable=False),
         Row("slow", 1.0, 2.0, 0.5, "s", "<= 0.3"),
     ]
-    found = {"machine": describe_machine(), "rows": [{"part": "p", **asdict(row), "met": row.met} for row in rows]}
+    assert [row.name for row in rows[:3:2]] == ["matrix product, fp32, best", "memory read, best"]
+    assert rows[0].ours > 1
+    assert 0.1 < rows[2].ours < 10_000
+    found = {
+        "machine": describe_machine(),
+        "options": {"threads": 1},
+        "rows": [{"part": "p", **asdict(row), "met": row.met} for row in rows],
+    }
     lines = {line.split("│")[1].strip(): line for line in text(found).splitlines() if "│" in line}
     assert any("no units for bfloat16" in name for name in lines)
     assert "not here" in next(line for name, line in lines.items() if name.startswith("decode"))
@@ -145,7 +162,8 @@ def test_whole_calls_of_all_samplers_write_the_same_codes(monkeypatch):
 def test_the_matrix_root_agrees_with_scipy():
     time, difference = metrics.root_rows(dim=48)
     assert (time.unit, time.goal) == ("s", "<= 0.10")
-    assert difference.met
+    assert difference.met is True
+    json.dumps(asdict(difference))
 
 
 def test_metrics_are_timed_with_every_score(monkeypatch):
