@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export SMALTO_LAUNCHED_AT := $(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit smoke format mlflow notebooks clean resume sample evaluate \
+.PHONY: help setup demo test check unit smoke bench format mlflow notebooks clean resume sample evaluate \
 	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl ablate-tokenizer sweep-scaling
 
 help: ## this list
@@ -72,6 +72,9 @@ unit: $(READY) ## unit tests
 
 smoke: $(READY) ## prepare, train, extract, train, sample, evaluate as commands, on tiny data
 	$(PY) -m pytest -m chain
+
+bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
+	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)
 
 format: $(READY) ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix src tests

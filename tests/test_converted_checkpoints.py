@@ -12,6 +12,7 @@ from official_files import saved, tiny_gpt, tiny_text_gpt, tiny_tokenizer
 from smalto import convert, evaluate, extract, sample
 from smalto.data.encode import Recipe
 from smalto.data.images import ImageShards
+from smalto.data.picture_sets import open_pictures
 from smalto.data.shards import CODES, read_meta
 from smalto.data.source_idx import FashionMnist
 from smalto.data.transforms import to_float
@@ -135,6 +136,55 @@ def test_sample_and_measure_a_generator(home, generator, images):
     assert np.load(home / "saved/cfg_scale3.npz")["arr_0"].shape == (10, 16, 16, 3)
     with pytest.raises(FileExistsError, match="is in use"):
         measured(generator, f"reference={images}", "num_samples=10", f"save={home / 'saved'}")
+
+
+def test_samples_as_shards_are_a_data_set_and_go_on_after_a_kill(home, generator, monkeypatch):
+    options = [f"ckpt={generator}", "num_images=7", "labels=[3,9]", "mlflow=false", "device=cpu", "batch_size=2"]
+    files = np.load(sample.run(compose("sample", [*options, f"out={home / 'files'}"]))["npz"])
+    expected = files["arr_0"][np.argsort(files["index"])].transpose(0, 3, 1, 2)
+    shards = [*options, f"out={home / 'shards'}", "format=wds", "shard_size=3"]
+    drawn: list[list[int]] = []
+    real = sample.draw_images
+
+    def killed(*args, **settings):
+        for batch in real(*args, **settings):
+            if len(drawn) == 3:  # in the middle of the second shard
+                raise KeyboardInterrupt
+            drawn.append(list(batch.indices))
+            yield batch
+
+    monkeypatch.setattr(sample, "draw_images", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(compose("sample", shards))
+    assert sorted(path.name for path in (home / "shards").glob("*.tar*")) == ["train-00000.tar"]
+    finished = (home / "shards/train-00000.tar").stat()
+
+    def watched(*args, **settings):
+        for batch in real(*args, **settings):
+            drawn.append(list(batch.indices))
+            yield batch
+
+    monkeypatch.setattr(sample, "draw_images", watched)
+    del drawn[:]
+    out = Path(sample.run(compose("sample", shards))["out"])
+    assert drawn == [[3, 4], [5], [6]], "a finished shard is not drawn again"
+    assert (out / "train-00000.tar").stat().st_mtime_ns == finished.st_mtime_ns
+    assert sorted(path.name for path in out.glob("train-*")) == [f"train-{i:05d}.tar" for i in range(3)]
+    data = ImageShards(path=out, image_size=16, batch_size=7, augment="none", flip_prob=0.0, num_workers=0, seed=0)
+    data.setup()
+    batch = data.fetch_train(0, np.arange(7))
+    assert np.array_equal(batch["image"].numpy(), expected)
+    assert batch["label"].tolist() == [3, 9, 3, 9, 3, 9, 3]
+    assert data.num_classes == 10
+    pictures = open_pictures(out, split=None)
+    assert np.array_equal(pictures.read(range(7)).numpy(), expected)
+    assert (out / "sheet.png").read_bytes() == (home / "files/sheet.png").read_bytes()
+    with pytest.raises(FileExistsError, match="shard_size: 3 there, 4 now"):
+        sample.run(compose("sample", [*shards[:-1], "shard_size=4"]))
+    for wrong in ("format=tar", "num_images=0", "shard_size=0"):
+        key, value = wrong.split("=")
+        with pytest.raises(ValueError, match=f"{key} is '?{value}'?, must be"):
+            sample.run(compose("sample", [*options, "format=wds", wrong, f"out={home / 'none'}"]))
 
 
 def test_a_generator_without_a_tokenizer_says_so(home, images):

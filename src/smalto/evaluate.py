@@ -30,6 +30,7 @@ from smalto.runtime import build, hydra_main, record
 from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import load_task
+from smalto.tokenizers.precision import use_bf16
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,9 @@ def measure(job: Job) -> list[Measured]:
     job.protocol |= {"protocol": config.protocol.name, "features": features.name}
     if loaded is not None:
         loaded.task.to(job.device)
+        loaded.task.engine = build(config.engine)
+        job.protocol["pictures"] = "bf16" if use_bf16(config.engine.decode, job.device) else "fp32"
         if loaded.kind == "gpt":
-            loaded.task.engine = build(config.engine)
             job.protocol["decoding"] = resolve_dtype(config.engine.dtype, job.device)
         size, rounding = config.protocol.eval_size, config.protocol.rounding
         loaded.task.to_pixels = partial(to_pixels, size=size, rounding=rounding)
@@ -156,7 +158,7 @@ def measure_reconstructions(
     originals = open_pictures(path, image_size=size, split=config.reference_split)
     count = min(config.reference_limit or len(originals), len(originals))
     pairs = (
-        from_sets(originals, open_pictures(config.samples, image_size=config.image_size))
+        from_sets(originals, open_pictures(config.samples, image_size=config.image_size, split=None))
         if loaded is None
         else from_tokenizer(loaded.task, originals)
     )
@@ -196,7 +198,7 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
         if classes is None:
             raise ValueError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
     else:
-        pictures = open_pictures(config.samples, image_size=config.image_size)
+        pictures = open_pictures(config.samples, image_size=config.image_size, split=None)
         wanted, side = counts(config, len(pictures)), pictures.read(range(1)).shape[-1]
         if side != (config.protocol.eval_size or side):
             raise ValueError(

@@ -1,38 +1,52 @@
-"""``smalto sample``: a generator's checkpoint to a sheet, pictures and an ``.npz``; continued after a kill."""
+"""``smalto sample``: a generator's checkpoint to a sheet and pictures; continued after a kill."""
 
 import logging
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
+from smalto.data.reader import ImageReader
+from smalto.data.shards import IMAGES
 from smalto.data.transforms import to_pixels
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
 from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.requests import balanced_labels
-from smalto.sampling.service import draw_images
-from smalto.sampling.sheet import image_sheet
+from smalto.sampling.service import draw_images, fixed_weights
+from smalto.sampling.shard_writer import Draw, SampleShards
+from smalto.sampling.sheet import class_sheet
 from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import LoadedTask, load_task
 from smalto.types import SamplingConfig
 
 log = logging.getLogger(__name__)
 
+Read = Callable[[Sequence[int]], Tensor]
+"""Image numbers to uint8 (B, 3, H, W)."""
+
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Write ``num_images`` samples of ``ckpt``; returns where they are.
+    """Write ``num_images`` samples of ``ckpt`` as files and array, or as shards; returns where they are.
 
     Raises:
         ValueError: not a generator's checkpoint, labels it does not know, settings out of range, a device or dtype
             that is not there, a batch that memory does not hold.
         FileExistsError: ``out`` is in use, or holds samples of other settings.
     """
+    if config.format not in ("png", "wds"):
+        raise ValueError(f"format is {config.format!r}, must be png (files and an .npz) or wds (WebDataset shards)")
+    for key in ("num_images", "shard_size"):
+        if config[key] < 1:
+            raise ValueError(f"{key} is {config[key]}, must be at least 1")
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
     if loaded.kind != "gpt":
         raise ValueError(
@@ -59,14 +73,32 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.eval_size is not None:
         settings["eval_size"] = config.eval_size
         loaded.task.to_pixels = partial(to_pixels, size=config.eval_size)
+    if config.engine.decode != "fp32":
+        settings["decode"] = config.engine.decode
+    as_shards = config.format == "wds"
+    if as_shards:
+        settings["shard_size"] = config.shard_size
+    kind = IMAGES if as_shards else "smalto-samples"
     with OutputFolder(
-        out, format="smalto-samples", settings=settings, command="smalto sample", overwrite=config.overwrite
+        out, format=kind, settings=settings, command="smalto sample", overwrite=config.overwrite
     ) as folder:
         if folder.finished is None:
-            if config.overwrite:
-                shutil.rmtree(out / "images", ignore_errors=True)
-            rate = write_images(config, loaded, sampling, classes, out)
-            folder.finish({**settings, "images_per_second": rate})
+            draw = drawer(config, loaded.task, sampling, classes)
+            meta: dict[str, Any] = {}
+            if as_shards:
+                rate, read, meta = write_shards(config, draw, folder, loaded)
+            else:
+                rate, read = write_pictures(config, draw, classes, out)
+            sheet = class_sheet(
+                read,
+                count=config.num_images,
+                classes=classes,
+                names=loaded.classes,
+                max_rows=config.sheet_rows,
+                max_columns=config.sheet_columns,
+            )
+            sheet.save(out / "sheet.png")
+            folder.finish({**settings, **meta, "images_per_second": rate})
             record(
                 config,
                 experiment="sample",
@@ -74,8 +106,12 @@ def run(config: DictConfig) -> dict[str, Any]:
                 metrics={"images_per_second": rate},
                 artifacts=[out / "sheet.png"],
             )
+    found = {"out": str(out), "sheet": str(out / "sheet.png")}
+    if as_shards:
+        log.info("sheet: %s, shards: %s", out / "sheet.png", out)
+        return found
     log.info("sheet: %s, pictures: %s, array: %s", out / "sheet.png", out / "images", out / "samples.npz")
-    return {"out": str(out), "sheet": str(out / "sheet.png"), "npz": str(out / "samples.npz")}
+    return found | {"npz": str(out / "samples.npz")}
 
 
 def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
@@ -106,40 +142,63 @@ def default_folder(config: DictConfig, loaded: LoadedTask, sampling: SamplingCon
         f"step{loaded.step}_n{config.num_images}{chosen}_cfg{sampling.cfg_scale:g}_t{sampling.temperature:g}"
         f"_k{sampling.top_k}_p{sampling.top_p:g}_seed{config.seed}"
         + ("" if config.engine.dtype == "auto" else f"_{config.engine.dtype}")
+        + ("" if config.engine.decode == "fp32" else f"_decode-{config.engine.decode}")
+        + ("" if config.format == "png" else f"_{config.format}")
     )
     return results_folder(config.ckpt) / "samples" / name.replace("/", "-").replace(" ", "-")
 
 
-def write_images(
-    config: DictConfig, loaded: LoadedTask, sampling: SamplingConfig, classes: list[int], out: Path
-) -> float:
-    """Draw what is missing, then the sheet and the array; returns images per second."""
-    task = loaded.task
+def drawer(config: DictConfig, task: Any, sampling: SamplingConfig, classes: list[int]) -> Draw:
+    """Draws the images of given numbers."""
+    return lambda indices: draw_images(
+        task, sampling=sampling, classes=classes, seed=config.seed, indices=indices, batch_size=config.batch_size
+    )
+
+
+def write_pictures(config: DictConfig, draw: Draw, classes: list[int], out: Path) -> tuple[float, Read]:
+    """Draw what is missing into files, then the array; returns images per second, and how to read images."""
+    if config.overwrite:
+        shutil.rmtree(out / "images", ignore_errors=True)
     pictures = PictureFolder(out / "images")
     todo = pictures.missing(range(config.num_images))
     start = time.perf_counter()
     with progress("sample", total=config.num_images, done=config.num_images - len(todo)) as advance:
-        for batch in draw_images(
-            task,
-            sampling=sampling,
-            classes=classes,
-            seed=config.seed,
-            indices=todo,
-            batch_size=config.batch_size,
-        ):
+        for batch in draw(todo):
             pictures.write(batch.indices, batch.images)
             advance(len(batch.indices))
     rate = len(todo) / max(time.perf_counter() - start, 1e-9)
     labels = balanced_labels(range(config.num_images), classes)
     pack_npz(pictures, config.num_images, out / "samples.npz", labels=labels.numpy())
-    rows = classes[: config.sheet_rows]
-    columns = min(config.sheet_columns, -(-config.num_images // len(classes)))
-    shown = [r + c * len(classes) for r in range(len(rows)) for c in range(columns)]
-    shown = [i for i in shown if i < config.num_images]
-    names = [loaded.classes[c] if loaded.classes else str(c) for c in rows]
-    images = torch.from_numpy(pictures.read(shown)).permute(0, 3, 1, 2)
-    image_sheet(images, columns=columns, row_names=names).save(out / "sheet.png")
-    return rate
+    return rate, lambda indices: torch.from_numpy(pictures.read(indices)).permute(0, 3, 1, 2)
+
+
+def write_shards(
+    config: DictConfig, draw: Draw, folder: OutputFolder, loaded: LoadedTask
+) -> tuple[float, Read, dict[str, Any]]:
+    """Draw what is missing into shards; also returns what meta.json says of them."""
+    shards = SampleShards(folder, count=config.num_images, shard_size=config.shard_size)
+    todo = sum(map(len, shards.missing().values()))
+    start = time.perf_counter()
+    with (
+        fixed_weights(loaded.task),
+        progress("sample", total=config.num_images, done=config.num_images - todo) as advance,
+    ):
+        shards.write(draw, advance)
+    rate = todo / max(time.perf_counter() - start, 1e-9)
+    meta = {
+        "splits": shards.splits(),
+        "num_classes": loaded.task.net.conditioner.num_classes,
+        "classes": loaded.classes,
+        "captions": False,
+        "encoding": "png",
+    }
+    images = ImageReader(folder.path, meta, "train")
+    height, width = images.pixels(np.array([0])).shape[2:]
+    return (
+        rate,
+        lambda chosen: torch.from_numpy(images.pixels(np.array(chosen))),
+        meta | {"image_size": [height, width]},
+    )
 
 
 main = hydra_main("sample")(run)

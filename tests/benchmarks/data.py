@@ -103,7 +103,16 @@ def code_rows(*, count: int = 2048, rounds: int = 9) -> list[Row]:
         loader = data.train_dataloader()
         files = DataLoader(NpyCodes(folder, count), batch_size=BATCH, shuffle=True, drop_last=True)
         seconds = interleave({"shards": lambda _: drain(loader), "files": lambda _: drain(files)}, rounds=rounds)
-        return [time_row("codes from shards / from .npy files, per image", seconds, "shards", "files", items=count)]
+        return [
+            time_row(
+                "codes from shards / from .npy files, per image",
+                seconds,
+                "shards",
+                "files",
+                items=count,
+                goal="<= 0.02",
+            )
+        ]
 
 
 def packed_codes(folder: Path, codes: np.ndarray, labels: np.ndarray) -> CodeShards:
@@ -176,7 +185,12 @@ def image_rows(*, count: int = 128, rounds: int = 9) -> list[Row]:
             seconds = interleave(contestants, rounds=rounds)
             rows += [
                 time_row(
-                    f"images, {augment}, resize={kind} / Pillow + torchvision", seconds, kind, "theirs", items=count
+                    f"images, {augment}, resize={kind} / Pillow + torchvision, per image",
+                    seconds,
+                    kind,
+                    "theirs",
+                    items=count,
+                    goal="<= 0.4",
                 )
                 for kind in kinds
             ]

@@ -11,10 +11,15 @@ from statistics import median
 import torch
 
 
-def interleave(contestants: Mapping[str, Callable[[int], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round; a contestant is called with the number of the round."""
+def interleave(
+    contestants: Mapping[str, Callable[[int], object]], *, rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round; a contestant is called with the number of the round.
+
+    With ``warm`` a first round is not counted; long calls do without.
+    """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    for contestant in contestants.values():
+    for contestant in contestants.values() if warm else ():
         contestant(0)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):

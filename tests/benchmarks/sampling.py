@@ -32,11 +32,25 @@ Floors there: 8 images with guidance are 3.1 GFLOP and 150 MB of cache per step,
 import json
 import sys
 from statistics import median
+from typing import Any
 
 import torch
 
-from benchmarks.contestants import Step, engine_step, make_model, peer_step, plain_step, smalto_step
+from benchmarks.contestants import (
+    Step,
+    engine_step,
+    make_model,
+    peer_call,
+    peer_step,
+    plain_call,
+    plain_step,
+    smalto_call,
+    smalto_step,
+)
 from benchmarks.paired import interleave, ratio
+from benchmarks.rows import Row, time_row
+from smalto.sampling.packed import resolve_dtype
+from smalto.tokenizers.precision import has_fast_bf16
 
 
 def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int = 4) -> dict[str, object]:
@@ -71,6 +85,73 @@ def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int
         "fp32 / read": round(ratio(seconds, "engine fp32", "read"), 2),
         "auto / read": round(ratio(seconds, "engine auto", "read"), 2),
     }
+
+
+GOALS = {
+    ("B", 1): {"auto": "<= 0.45"},
+    ("B", 8): {"auto": "<= 0.15", "fp32": "<= 0.32"},
+    ("B", 16): {"auto": "<= 0.11"},
+    ("small", 16): {"auto": "<= 0.15"},
+}
+"""Shares of the authors' time per step; their better one of float32 and bfloat16."""
+READ_GOALS = {"fp32": "<= 1.4", "auto": "<= 2.0"}
+"""Of a step of B for one image, by the time to read the weights it streams, in their size."""
+
+
+@torch.inference_mode()
+def sampling_rows(size: str, images: int, *, rounds: int = 9, peer: str | None = None) -> list[Row]:
+    """:func:`row` as lines of the table of speeds."""
+    found = row(size, images, rounds=rounds, peer=peer)
+    ms: Any = found["ms_per_step"]
+    theirs = min(found["against"], key=ms.__getitem__)  # type: ignore[arg-type]
+    auto = resolve_dtype("auto", torch.device("cpu"))
+    goals = GOALS.get((size, images), {})
+    setting = f"decode step, {size}, {images} images with guidance"
+    rows = []
+    for kind in ("fp32", "auto"):
+        name = f"{setting}, {kind if kind == 'fp32' else f'auto ({auto})'} / {theirs}"
+        ratio: Any = found[kind]
+        goal = goals.get(kind, "")
+        rows.append(Row(name, ms[f"engine {kind}"], ms[theirs], ratio, "ms", goal, comparable=peer is not None))
+    if (size, images) != ("B", 1):
+        return rows
+    for kind, dtype in (("fp32", "fp32"), ("auto", auto)):
+        share = 1.0 if dtype == "fp32" else 0.5  # of the float32 weights that "read" passes over
+        ratio = found[f"{kind} / read"]
+        name = f"{setting}, {dtype} / reading its weights once"
+        rows.append(Row(name, ms[f"engine {kind}"], ms["read"] * share, ratio / share, "ms", READ_GOALS[kind]))
+    return rows
+
+
+@torch.inference_mode()
+def call_rows(*, size: str = "B", images: int = 8, rounds: int = 1, peer: str | None = None) -> list[Row]:
+    """Whole calls: class labels to the codes of whole images, packing of weights included."""
+    net = make_model(size)
+    calls = {
+        "plain fp32": plain_call(net, images),
+        "fp32": smalto_call(net, images, "fp32"),
+        "auto": smalto_call(net, images, "auto"),
+    }
+    if peer:
+        calls["peer fp32"] = peer_call(peer, size, images, torch.float32)
+        if has_fast_bf16("cpu"):
+            calls["peer bf16"] = peer_call(peer, size, images, torch.bfloat16)
+    seconds = interleave(calls, rounds=rounds, warm=False)
+    peers = [name for name in calls if name.startswith("peer")]
+    better = min(peers, key=lambda name: median(seconds[name])) if peers else None
+    goals = GOALS.get((size, images), {})
+    return [
+        time_row(
+            f"{size}, {images} whole images with guidance, {kind} / {theirs}",
+            seconds,
+            kind,
+            theirs,
+            goal=goals.get(kind, "") if theirs == (better or theirs) else "",
+            comparable=theirs == better,
+        )
+        for kind in ("fp32", "auto")
+        for theirs in ["plain fp32", *([better] if better else [])]
+    ]
 
 
 def main(arguments: list[str]) -> None:

@@ -98,6 +98,25 @@ def test_the_dtype_of_sampling_is_the_one_asked_for(monkeypatch):
     assert [settings["dtype"] for settings in built] == ["fp32", "bf16"]
 
 
+def test_pictures_are_decoded_as_the_engine_says(make_vq):
+    task = make_gpt_task()
+    task.configure_model()
+    task.attach_tokenizer(make_vq(), {})
+    task.to_pixels = lambda picture: picture
+    seen = []
+    task.tokenizer.decoder.conv_out.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    codes = torch.arange(32).view(2, 16)
+    exact = task.decode_codes(codes)
+    assert torch.equal(exact, task.tokenizer.decode(codes))
+    task.engine = EngineConfig(decode="bf16")
+    near = task.decode_codes(codes)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert near.dtype == torch.float32
+    assert 0 < (near - exact).abs().max() < 0.1 * exact.abs().max().clamp(min=1)
+    with pytest.raises(ValueError, match=r"engine\.decode is 'fp16', must be one of fp32, bf16, auto"):
+        EngineConfig(decode="fp16")
+
+
 def test_a_batch_beyond_memory_is_refused_before_any_work(monkeypatch):
     task = make_gpt_task()
     task.configure_model()

@@ -10,6 +10,7 @@ import torch
 from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import EMA
 from smalto.callbacks.step_seed import StepSeed
+from smalto.sampling.engine import EngineConfig
 from smalto.tasks.optim import Schedule
 from tiny_tasks import make_images, make_tokenizer_task, make_trainer
 
@@ -138,3 +139,19 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stop_at):
     assert after == whole[start:]
     assert resumed.keys() == final.keys()
     assert all(torch.equal(final[key], resumed[key]) for key in final)
+
+
+def test_reconstructions_are_decoded_as_the_engine_says_and_codes_stay(generator):
+    task = make_tokenizer_task()
+    task.configure_model()
+    task.eval()
+    task.to_pixels = lambda picture: picture
+    image = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    exact, codes = task.reconstruct(image)
+    with torch.inference_mode():
+        assert torch.equal(exact, task.net(image / 127.5 - 1)[0])
+    task.engine = EngineConfig(decode="bf16")
+    near, same = task.reconstruct(image)
+    assert torch.equal(codes, same)
+    assert near.dtype == torch.float32
+    assert 0 < (near - exact).abs().max() < 0.1 * exact.abs().max().clamp(min=1)

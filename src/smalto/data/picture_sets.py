@@ -150,12 +150,16 @@ class NpzPictures(PictureSet):
 class ShardPictures(PictureSet):
     """One split of image shards, centre-cropped where they do not have ``image_size``, never mirrored.
 
+    ``split`` None is val where there are such images, else train: samples as ``smalto sample`` writes them.
+
     Raises:
         ValueError: no images in the split, or no ``image_size`` where the images have several.
     """
 
-    def __init__(self, path: Path, *, image_size: int | None, split: Split) -> None:
+    def __init__(self, path: Path, *, image_size: int | None, split: Split | None) -> None:
         meta = scan_foreign(path) if is_foreign(path) else read_meta(path, IMAGES)
+        if split is None:
+            split = "val" if meta["splits"].get("val", {}).get("shards") else "train"
         stored = meta["image_size"]
         if image_size is None and (stored is None or stored[0] != stored[1]):
             raise ValueError(f"{path} holds images of several shapes; give image_size=SIDE to crop them all")
@@ -196,13 +200,13 @@ class ShardPictures(PictureSet):
         return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-def open_pictures(path: str | Path, *, image_size: int | None = None, split: Split = "val") -> PictureSet:
+def open_pictures(path: str | Path, *, image_size: int | None = None, split: Split | None = "val") -> PictureSet:
     """The images at ``path``, whatever holds them.
 
     Args:
         path: a folder of images, an ``.npz`` file with ``arr_0``, or image shards (a folder, a tar, a pattern).
         image_size: crop images to this side, as ADM does; None takes them as they are.
-        split: of image shards.
+        split: of image shards; None: val where there are such images, else train.
 
     Raises:
         FileNotFoundError: nothing there, or no images.

@@ -21,6 +21,7 @@ from smalto.nn.kv_cache import KVCache
 from smalto.nn.norm import RMSNorm
 from smalto.sampling.autoregressive import NullCondition
 from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
+from smalto.tokenizers.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,23 @@ class EngineConfig:
     """How decoding computes.
 
     Args:
-        dtype: ``auto`` | ``fp32`` | ``bf16`` | ``fp16``, see :func:`smalto.sampling.packed.resolve_dtype`.
+        dtype: of the transformer: ``auto`` | ``fp32`` | ``bf16`` | ``fp16``, see
+            :func:`smalto.sampling.packed.resolve_dtype`.
+        decode: of the tokenizer that turns codes into pictures: ``fp32`` | ``bf16`` | ``auto``, see
+            :mod:`smalto.tokenizers.precision`; other than ``fp32`` it moves pixels, and with them metrics.
+
+    Raises:
+        ValueError: another word.
     """
 
     dtype: str = "auto"
+    decode: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
             resolve_dtype(self.dtype, torch.device("cpu"))
+        if self.decode not in PRECISIONS:
+            raise ValueError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
 
 
 class _Layer:

@@ -1,6 +1,6 @@
 """Sheets of images: rows with a name in front, for people to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,3 +36,28 @@ def image_sheet(
         )
         sheet.paste(tile, (left + (i % columns) * cell_w, MARGIN + (i // columns) * cell_h))
     return sheet
+
+
+def class_sheet(
+    read: Callable[[Sequence[int]], Tensor],
+    *,
+    count: int,
+    classes: Sequence[int],
+    names: Sequence[str],
+    max_rows: int,
+    max_columns: int,
+) -> Image.Image:
+    """The first images of the first classes, a class per row.
+
+    Args:
+        read: image numbers to uint8 (B, 3, H, W).
+        count: of the images; image i shows class ``classes[i % len(classes)]``.
+        classes: their numbers.
+        names: of all classes; may be empty.
+        max_rows: classes on the sheet.
+        max_columns: images of a class.
+    """
+    rows, columns = classes[:max_rows], min(max_columns, -(-count // len(classes)))
+    shown = [r + c * len(classes) for r in range(len(rows)) for c in range(columns)]
+    row_names = [names[c] if names else str(c) for c in rows]
+    return image_sheet(read([i for i in shown if i < count]), columns=columns, row_names=row_names)

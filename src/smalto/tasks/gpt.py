@@ -20,6 +20,7 @@ from smalto.sampling.memory import check_batch
 from smalto.sampling.packed import resolve_dtype
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
 
 
@@ -71,7 +72,7 @@ class GPTTask(L.LightningModule):
         self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self.engine = EngineConfig()
-        """How sampling computes; may be replaced at any time."""
+        """How sampling and decoding to pictures compute; may be replaced at any time."""
         self._tokenizer_fingerprint: str | None = None
         self._weights_are_fixed = False
         self._packed: DecodeEngine | None = None
@@ -236,4 +237,5 @@ class GPTTask(L.LightningModule):
         if self.tokenizer is None:
             raise ValueError("this model was trained without a tokenizer; give tokenizer_ckpt=PATH to see pictures")
         chunks = codes.split(self.decode_batch_size)
-        return torch.cat([self.to_pixels(self.tokenizer.decode(chunk)) for chunk in chunks])
+        pictures = (decode(self.tokenizer, chunk, precision=self.engine.decode) for chunk in chunks)
+        return torch.cat([self.to_pixels(picture) for picture in pictures])

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from smalto.data.transforms import to_float, to_pixels
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
 from smalto.nn.flops import forward_flops
+from smalto.sampling.engine import EngineConfig
 from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
 RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
@@ -86,6 +88,8 @@ class TokenizerTask(L.LightningModule):
         self.gradient_clip = gradient_clip
         self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
+        self.engine = EngineConfig()
+        """How :meth:`reconstruct` decodes; may be replaced at any time."""
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -236,6 +240,8 @@ class TokenizerTask(L.LightningModule):
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) to its reconstruction, uint8, and its codes (B, L)."""
-        reconstruction, quantized = self.net(to_float(image))
+        """uint8 (B, 3, H, W) to its reconstruction, uint8, and its codes (B, L), which are float32's always."""
+        quantized = self.net.quantize(to_float(image))
+        with in_precision(self.engine.decode, image.device):
+            reconstruction = self.net.decode_latent(quantized.latent).float()
         return self.to_pixels(reconstruction), quantized.codes

@@ -33,6 +33,11 @@ def use_bf16(precision: str, device: torch.device | str) -> bool:
     return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
 
 
+def in_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Context in which convolutions and products on ``device`` compute in ``precision``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device))
+
+
 @torch.inference_mode()
 def encode(tokenizer: Any, image: Tensor, *, precision: str = "fp32") -> Tensor:
     """``tokenizer.encode``, convolutions in ``precision``; distances to the codebook are float32 all the same.
@@ -45,7 +50,7 @@ def encode(tokenizer: Any, image: Tensor, *, precision: str = "fp32") -> Tensor:
     Returns:
         Int64 (B, L).
     """
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=use_bf16(precision, image.device)):
+    with in_precision(precision, image.device):
         return tokenizer.encode(image)
 
 
@@ -61,7 +66,7 @@ def decode(tokenizer: Any, codes: Tensor, *, precision: str = "fp32") -> Tensor:
     Returns:
         Float32 (B, 3, H, W), about [-1, 1].
     """
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=use_bf16(precision, codes.device)):
+    with in_precision(precision, codes.device):
         return tokenizer.decode(codes).float()
 
 
