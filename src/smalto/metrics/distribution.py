@@ -144,7 +144,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
 
 
 def _sum_of_roots(product: np.ndarray) -> float | None:
-    """Sum of roots of the eigenvalues of a positive definite matrix (lower triangle); None where rounding could show."""
+    """Sum of roots of the eigenvalues of a positive definite matrix (its lower triangle); None where rounding shows."""
     values = scipy.linalg.eigvalsh(product, lower=True, driver="evr").clip(min=0.0)
     error = len(values) ** 0.5 * EPS * values[-1]  # of each eigenvalue
     roots = np.sqrt(values)
