@@ -10,10 +10,11 @@ from torchmetrics import Metric
 from smalto.metrics.codebook import CodebookUsage, QueueUsage
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.image import LPIPS, PSNR, SSIM
+from smalto.metrics.metric_state import load_metric_state, metric_state
 from smalto.metrics.reference import Reference
 from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
-from smalto.metrics.suite import GenerationMetrics, load_metric_state, metric_state
+from smalto.metrics.suite import GenerationMetrics
 
 
 class ReconstructionMetrics:

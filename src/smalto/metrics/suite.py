@@ -11,6 +11,7 @@ from smalto.metrics.distribution import FrechetDistance
 from smalto.metrics.features import FeatureExtractor, Features
 from smalto.metrics.inception_score import InceptionScore
 from smalto.metrics.manifold import PrecisionRecall
+from smalto.metrics.metric_state import load_metric_state, metric_state
 from smalto.metrics.probe import ClassMeans, ClassMoments
 from smalto.metrics.reference import Kind, Reference
 from smalto.metrics.rules import Rules
@@ -304,15 +305,3 @@ def _joined() -> bool:
 
 def _alone() -> bool:
     return False
-
-
-def metric_state(metric: Metric) -> dict[str, Any]:
-    """States of a metric by name: tensors, or lists of tensors."""
-    return {name: getattr(metric, name) for name in metric._defaults}
-
-
-def load_metric_state(metric: Metric, state: dict[str, Any]) -> None:
-    """Give a metric the states of another one, on its own device."""
-    for name, value in state.items():
-        moved = [x.to(metric.device) for x in value] if isinstance(value, list) else value.to(metric.device)
-        setattr(metric, name, moved)
