@@ -36,7 +36,7 @@ $(READY): pyproject.toml
 
 # --- the demo: the whole chain on real images, two cores, no download ---------------------------------
 
-demo: $(READY) ## images to tokenizer to generator to samples; about 15 minutes on two quiet cores
+demo: $(READY) ## images to tokenizer to generator to samples; half an hour on two cores
 	@echo "[1/6] images to shards"
 	@$(SMALTO) prepare source=fashion_mnist out=$(DATA)/fashion_mnist resize=pad image_size=32
 	@echo "[2/6] tokenizer: images to 64 codes and back"

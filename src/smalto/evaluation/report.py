@@ -1,6 +1,7 @@
 """Scores for people and for programs: a table, and plain data for JSON and MLflow."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +71,15 @@ def _list(scores: Scores) -> Table:
 
 
 def _grid(rows: list[Measured], features: str) -> Table:
-    """One row per setting, one column per metric that all have; the extractor of all stands in the title."""
+    """One row per setting, the extractor in the title; what one row alone has, such as the loss, is in the JSON only."""
     table = Table(title=f"smalto evaluate, features {features}", title_justify="left")
     settings = list(rows[0].settings)
-    names = [name for name in rows[0].scores.values if all(name in row.scores.values for row in rows)]
+    found = Counter(name for row in rows for name in row.scores.values)
+    names = [name for name, count in found.items() if count > 1]
     for name in (*settings, *names):
         table.add_column(name.removesuffix(f"_{features}"), justify="right")
     for row in rows:
-        numbers = (_number(row.scores.values[name]) for name in names)
+        numbers = (_number(row.scores.values[name]) if name in row.scores.values else "" for name in names)
         table.add_row(*(_short(row.settings[name]) for name in settings), *numbers)
     return table
 
