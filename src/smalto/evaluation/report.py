@@ -71,7 +71,7 @@ def _list(scores: Scores) -> Table:
 
 
 def _grid(rows: list[Measured], features: str) -> Table:
-    """One row per setting, the extractor in the title; what one row alone has, such as the loss, is in the JSON only."""
+    """One row per setting, the extractor in the title; what one row alone has (the loss) is in the JSON only."""
     table = Table(title=f"smalto evaluate, features {features}", title_justify="left")
     settings = list(rows[0].settings)
     found = Counter(name for row in rows for name in row.scores.values)
