@@ -134,6 +134,8 @@ def test_sample_and_measure_a_generator(home, generator, images):
     values = measured(generator, f"reference={images}", *grid)
     assert len([name for name in values if "/fid_" in name]) == 4
     assert np.load(home / "saved/cfg_scale3.npz")["arr_0"].shape == (10, 16, 16, 3)
+    measured(generator, f"reference={images}", *grid[:2], f"save={home / 'later'}", grid[3])
+    assert (home / "later/cfg_scale3.npz").exists(), "measured before, but not saved there"
     with pytest.raises(FileExistsError, match="is in use"):
         measured(generator, f"reference={images}", "num_samples=10", f"save={home / 'saved'}")
 

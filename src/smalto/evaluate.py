@@ -55,7 +55,8 @@ def run(config: DictConfig) -> dict[str, float]:
     with Ranks() as ranks:
         job = Job(config, ranks, loaded, requested(config))
         known = json.loads(job.out.read_text()) if job.out.exists() else {}
-        if known.get("requested") == job.requested and not config.overwrite:
+        saved = job.save is None or job.save.exists()  # a table kept earlier has no images to give
+        if known.get("requested") == job.requested and saved and not config.overwrite:
             rows = [Measured.from_plain(row) for row in known["rows"]]
             log.info("measured already, the table is from %s (overwrite=true measures again)", job.out)
         else:
