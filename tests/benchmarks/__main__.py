@@ -11,9 +11,10 @@ What was tried, predicted and measured, in short; the docstrings of the modules 
 
 * Sampling (:mod:`benchmarks.sampling`, :mod:`smalto.sampling.engine`). Floors: reading weights at 1 image; products,
   then the cache, from 8 on. Taken: packed weights, and float16 weights under float32 sums where a processor has no
-  units for bfloat16. Tried and not taken: int8 weights (nothing beside float16), int8 activations (one scale for all
-  rows: images would depend on their neighbours), huge pages, half-precision caches without hardware, fused attention
-  on CPUs. Not pursued: compiling what is left beside products and attention.
+  units for bfloat16. An option: int8 weights, predicted to halve a step of 1 image; where bfloat16 is emulated they
+  take longer than float16. Tried and not taken: int8 activations (one scale for all rows: images would depend on
+  their neighbours), huge pages, half-precision caches without hardware, fused attention on CPUs, a step compiled by
+  inductor on CPUs (packed weights are opaque to it).
 * Training (:mod:`benchmarks.training`). Predicted: four fifths of a step are products, so 1.25 x at most. Measured in
   float32: no difference to the authors' step beyond the noise, eager or compiled. What is to be had there is memory
   (loss by rows, recomputed blocks).

@@ -11,7 +11,7 @@ matrices of one step of B in ms at 2 / 16 / 32 rows; "read" took 20-25 on the sa
     MKL packed fp32                       40 /  89 / 117
     F.linear bf16                         42 /   - /   -   emulated
     FBGEMM fp16 weights, fp32 sums        16 /  44 /  76   taken as ``auto`` here; 12 times closer to fp32 than bf16
-    int8 weights, bf16 activations        21 /  86 / 154   does not pay beside fp16
+    int8 weights, bf16 activations        21 /  86 / 154   an option: pays at 2 rows where bf16 is in hardware
     int8 weights, int8 activations        10 /  22 /  41   not taken: one scale for all rows, images would depend on
                                                            their neighbours; its constructors are deprecated
     huge pages for all of these           3 % less         not taken
@@ -62,6 +62,8 @@ def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int
         "engine fp32": engine_step(net, images, "fp32"),
         "engine auto": engine_step(net, images, "auto"),
     }
+    if images <= INT8_IMAGES:
+        steps["engine int8"] = engine_step(net, images, "int8")
     if peer:
         steps["peer fp32"] = peer_step(peer, size, images, torch.float32)
         steps["peer bf16"] = peer_step(peer, size, images, torch.bfloat16)
@@ -84,11 +86,14 @@ def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int
         "auto": round(ratio(seconds, "engine auto", *theirs), 3),
         "fp32 / read": round(ratio(seconds, "engine fp32", "read"), 2),
         "auto / read": round(ratio(seconds, "engine auto", "read"), 2),
-    }
+    } | ({"int8": round(ratio(seconds, "engine int8", *theirs), 3)} if images <= INT8_IMAGES else {})
 
+
+INT8_IMAGES = 2
+"""Beyond as many, int8 weights are slower than others."""
 
 GOALS = {
-    ("B", 1): {"auto": "<= 0.45"},
+    ("B", 1): {"auto": "<= 0.45", "int8": "<= 0.36"},
     ("B", 8): {"auto": "<= 0.15", "fp32": "<= 0.32"},
     ("B", 16): {"auto": "<= 0.11"},
     ("small", 16): {"auto": "<= 0.15"},
@@ -108,8 +113,8 @@ def sampling_rows(size: str, images: int, *, rounds: int = 9, peer: str | None =
     goals = GOALS.get((size, images), {})
     setting = f"decode step, {size}, {images} images with guidance"
     rows = []
-    for kind in ("fp32", "auto"):
-        name = f"{setting}, {kind if kind == 'fp32' else f'auto ({auto})'} / {theirs}"
+    for kind in ("fp32", "auto", *(["int8"] if "int8" in found else [])):
+        name = f"{setting}, {f'auto ({auto})' if kind == 'auto' else kind} / {theirs}"
         ratio: Any = found[kind]
         goal = goals.get(kind, "")
         rows.append(Row(name, ms[f"engine {kind}"], ms[theirs], ratio, "ms", goal, comparable=peer is not None))

@@ -17,7 +17,14 @@ def _tiny(monkeypatch):
 
 def test_a_row_has_every_figure():
     found = sampling.row("tiny", 2, rounds=3, peer=None)
-    assert set(found["ms_per_step"]) == {"plain fp32", "model fp32", "engine fp32", "engine auto", "read"}
+    assert set(found["ms_per_step"]) == {
+        "plain fp32",
+        "model fp32",
+        "engine fp32",
+        "engine auto",
+        "engine int8",
+        "read",
+    }
     assert all(value >= 0 for value in found["ms_per_step"].values())
     assert found["against"] == ["plain fp32"]
     assert 0 < found["fp32"] < 100

@@ -15,7 +15,7 @@ SEEDS = torch.arange(21, 28)
 LABELS = torch.tensor([0, 3, 3, 9, 5, 1, 7])
 CPU = torch.device("cpu")
 HAS_FP16 = packed._has_fp16()
-ROUND_ALIKE = ["fp32", *(["fp16"] if HAS_FP16 else [])]
+ROUND_ALIKE = ["fp32", "int8", *(["fp16"] if HAS_FP16 else [])]
 SETTINGS = [
     {"temperature": 0},
     {"temperature": 0, "cfg_scale": 3.0},
@@ -77,9 +77,9 @@ def test_every_model_shape(make_gpt, generator, text, overrides):
     assert (step_logits(engine, condition, codes, mask) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 2e-2), ("int8", 3e-2)])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_half_precision_stays_close(make_gpt, generator, dtype, tolerance, num_kv_heads):
+def test_fewer_bits_stay_close(make_gpt, generator, dtype, tolerance, num_kv_heads):
     if dtype == "fp16" and not HAS_FP16:
         pytest.skip("no FBGEMM")
     net = make_gpt(dim=64, vocab_size=256, num_kv_heads=num_kv_heads)
@@ -168,19 +168,22 @@ def test_without_private_operators(class_gpt, monkeypatch, dtype):
     assert resolve_dtype("auto", CPU) == "fp32"
     assert isinstance(packed_linear(torch.zeros(4, 4), dtype=dtype, rows=2), packed._PlainLinear)
     assert torch.equal(sample(DecodeEngine(class_gpt, dtype=dtype, rows=7), LABELS, temperature=0), expected)
-    with pytest.raises(ValueError, match="choose auto, fp32 or bf16"):
+    with pytest.raises(ValueError, match="choose auto, fp32, bf16 or int8"):
         resolve_dtype("fp16", CPU)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("shape", [(3, 32), (2, 5, 32)])
-def test_packed_linear_is_linear(generator, dtype, shape):
-    if dtype == "fp16" and not HAS_FP16:
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("shape", [(3, 32), (2, 5, 33)])  # int8 kernels read past the end of odd rows
+@pytest.mark.parametrize("rows", [3, None])
+def test_packed_linear_is_linear(generator, dtype, shape, rows):
+    if dtype == "fp16" and not (HAS_FP16 and rows):
         pytest.skip("no FBGEMM")
-    weight, x = torch.randn(48, 32, generator=generator), torch.randn(shape, generator=generator)
-    out = packed_linear(weight, dtype=dtype, rows=3)(x.bfloat16() if dtype == "bf16" else x)
+    weight, x = torch.randn(48, shape[-1], generator=generator), torch.randn(shape, generator=generator)
+    weight[7] = 0
+    out = packed_linear(weight, dtype=dtype, rows=rows)(x.bfloat16() if dtype == "bf16" else x)
     assert out.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
-    torch.testing.assert_close(out.float(), x @ weight.T, rtol=0.02, atol=0.15 if dtype == "bf16" else 0.01)
+    torch.testing.assert_close(out.float(), x @ weight.T, rtol=0.02, atol=0.15 if dtype in ("bf16", "int8") else 0.01)
+    assert (out[..., 7] == 0).all()
 
 
 @pytest.mark.skipif(not HAS_FP16, reason="no FBGEMM")
@@ -191,7 +194,7 @@ def test_weights_beyond_half_precision_are_refused():
 
 def test_unknown_dtype_is_named_with_the_valid_ones():
     for make in (lambda: resolve_dtype("fp8", CPU), lambda: EngineConfig(dtype="fp8")):
-        with pytest.raises(ValueError, match=r"engine\.dtype is 'fp8', choose one of auto, fp32, bf16, fp16"):
+        with pytest.raises(ValueError, match=r"engine\.dtype is 'fp8', choose one of auto, fp32, bf16, fp16, int8"):
             make()
     with pytest.raises(ValueError, match="on cuda"):
         resolve_dtype("fp16", torch.device("cuda"))

@@ -37,11 +37,15 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, t, D) of the next t positions; returns views of everything filled, (B, H, length + t, D)."""
         end = self.length + keys.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"KV cache holds {self.max_length} positions, {end} were asked for")
+        self.check(keys.shape[2])
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def check(self, more: int) -> None:
+        """Raise ValueError unless ``more`` positions are left."""
+        if self.length + more > self.max_length:
+            raise ValueError(f"KV cache holds {self.max_length} positions, {self.length + more} were asked for")
 
     def advance(self, steps: int) -> None:
         """Declare ``steps`` more positions filled, after all layers have written them."""

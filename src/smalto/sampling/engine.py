@@ -29,8 +29,9 @@ class EngineConfig:
     """How decoding computes.
 
     Args:
-        dtype: of the transformer: ``auto`` | ``fp32`` | ``bf16`` | ``fp16``, see
+        dtype: of the transformer: ``auto`` | ``fp32`` | ``bf16`` | ``fp16`` | ``int8``, see
             :func:`smalto.sampling.packed.resolve_dtype`.
+        compile: compile the decode step, see :mod:`smalto.sampling.compiled`; not with ``fp16``.
         decode: of the tokenizer that turns codes into pictures: ``fp32`` | ``bf16`` | ``auto``, see
             :mod:`smalto.tokenizers.precision`; other than ``fp32`` it moves pixels, and with them metrics.
 
@@ -40,10 +41,16 @@ class EngineConfig:
 
     dtype: str = "auto"
     decode: str = "fp32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
             resolve_dtype(self.dtype, torch.device("cpu"))
+        if self.compile and self.dtype == "fp16":
+            raise ValueError(
+                "engine.compile=true cannot see into the fp16 weights of engine.dtype=fp16; "
+                "choose auto, fp32, bf16 or int8"
+            )
         if self.decode not in PRECISIONS:
             raise ValueError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
 
@@ -51,7 +58,7 @@ class EngineConfig:
 class _Layer:
     """The packed weights of one block."""
 
-    def __init__(self, block: TransformerBlock, *, dtype: str, rows: int) -> None:
+    def __init__(self, block: TransformerBlock, *, dtype: str, rows: int | None) -> None:
         attention, ffn = block.attention, block.ffn
         num_queries = attention.num_heads * attention.head_dim
         queries, others = attention.qkv.weight.detach().float().tensor_split([num_queries])
@@ -63,7 +70,7 @@ class _Layer:
         self.attention_floor, self.ffn_floor = _norm_floor(block.attention_norm), _norm_floor(block.ffn_norm)
 
 
-def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int) -> Linear:
+def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int | None) -> Linear:
     """One matrix of several that read the same normalised input, with the norm's factors in its columns."""
     stacked = torch.cat([weight.detach().float() for weight in weights])
     return packed_linear(stacked * (norm.weight.detach().float() * stacked.shape[1] ** 0.5), dtype=dtype, rows=rows)
@@ -80,25 +87,27 @@ class DecodeEngine:
     Takes the model's place in :func:`smalto.sampling.autoregressive.generate`. The residual stream and the logits
     are float32 in every dtype.
 
-    With ``fp32`` and ``fp16`` on a CPU every operation treats rows alike, so that an image is the same bit for bit
-    whatever images it is drawn with (measured with AVX2 kernels, one and two threads). With ``bf16``, and on other
-    devices, kernels may round differently for other numbers of rows; a code then changes when a uniform falls between
-    the two roundings.
+    With ``fp32``, ``fp16`` and ``int8`` on a CPU every operation treats rows alike, so that an image is the same bit
+    for bit whatever images it is drawn with (measured with AVX2 kernels, one and two threads). With ``bf16``, and on
+    other devices, kernels may round differently for other numbers of rows; a code then changes when a uniform falls
+    between the two roundings.
 
     Args:
         model: on the device to decode on; its conditioner and embedding are used as they are.
         dtype: see :class:`EngineConfig`.
-        rows: number of rows of a step the layout is chosen for, twice the images under guidance.
+        rows: number of rows of a step the layout is chosen for, twice the images under guidance; None: weights in
+            torch's own layout, for a compiler, without fp16.
     """
 
     @torch.no_grad()
-    def __init__(self, model: GPT, *, dtype: str = "auto", rows: int) -> None:
+    def __init__(self, model: GPT, *, dtype: str = "auto", rows: int | None) -> None:
         self.model = model
         self.num_codes = model.num_codes
         self.conditioner: NullCondition = model.conditioner
         weight = model.token_embedding.weight
-        self.dtype = resolve_dtype(dtype, weight.device)
-        self.compute = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        self.dtype = resolve_dtype(dtype, weight.device, packed=rows is not None)
+        in_bf16 = self.dtype == "bf16" or (self.dtype == "int8" and weight.device.type == "cuda")
+        self.compute = torch.bfloat16 if in_bf16 else torch.float32
         self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in model.blocks]  # type: ignore[arg-type]
         self.output = _fold(model.norm, [model.output.weight], dtype=self.dtype, rows=rows)
         self.floor = _norm_floor(model.norm)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from smalto.models.gpt import GPT
+from smalto.sampling.packed import BYTES_PER_WEIGHT
 
 _BYTES_PER_LOGIT = 48
 """Logits of two rows, guided logits, probabilities, float64 sums, and sorted copies with indices when filtering."""
@@ -48,7 +49,7 @@ def check_batch(model: GPT, images: int, *, guided: bool, dtype: str, packed: bo
     if free is None:
         return
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.output.weight.numel()
-    copy = 0 if packed else weights * (4 if dtype == "fp32" else 2)
+    copy = 0 if packed else weights * BYTES_PER_WEIGHT[dtype]
     each = bytes_per_image(model, guided=guided, itemsize=2 if dtype == "bf16" else 4)
     if copy + images * each <= free:
         return

@@ -15,15 +15,20 @@ from torch import Tensor
 
 Linear = Callable[[Tensor], Tensor]
 
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", "fp32", "bf16", "fp16", "int8")
+BYTES_PER_WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _FP16_MAX = 65504.0
+_INT8_COLUMNS = 32
+"""The int8 kernels read past the end of rows that are no multiple of their vectors, 8 to 32 entries."""
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: str, device: torch.device, *, packed: bool = True) -> str:
     """What ``auto`` means on ``device``; other names are checked and come back.
 
     ``bf16`` where the processor multiplies bfloat16 in hardware (AMX, CUDA from Ampere on); else ``fp16`` weights
     under float32 activations on CPUs that have the kernels (11 bits of mantissa, bfloat16 has 8); else ``fp32``.
+    ``int8`` weights are never chosen by themselves: they change results visibly, and pay for one or two images only.
+    Without ``packed`` weights there is no fp16.
 
     Raises:
         ValueError: an unknown name, or ``fp16`` where there is no kernel for it.
@@ -33,7 +38,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name == "fp16" and not (device.type == "cpu" and _has_fp16()):
         raise ValueError(
             "engine.dtype is 'fp16', which needs the FBGEMM kernels of an x86 CPU; "
-            f"on {device} choose auto, fp32 or bf16"
+            f"on {device} choose auto, fp32, bf16 or int8"
         )
     if name != "auto":
         return name
@@ -43,23 +48,26 @@ def resolve_dtype(name: str, device: torch.device) -> str:
         return "fp32"
     if _has_amx():
         return "bf16"
-    return "fp16" if _has_fp16() else "fp32"
+    return "fp16" if packed and _has_fp16() else "fp32"
 
 
-def packed_linear(weight: Tensor, *, dtype: str, rows: int) -> Linear:
+def packed_linear(weight: Tensor, *, dtype: str, rows: int | None) -> Linear:
     """Multiplication with ``weight`` (out, in), float32 or bfloat16 rows (..., in) to (..., out).
 
     Args:
         weight: any float dtype; copied.
-        dtype: ``fp32``, ``bf16`` or ``fp16``, see :func:`resolve_dtype`. bf16 takes and gives bfloat16, the others
-            float32.
-        rows: number of rows the layout is chosen for; any other number works too.
+        dtype: ``fp32``, ``bf16``, ``fp16`` or ``int8``, see :func:`resolve_dtype`. bf16 takes and gives bfloat16,
+            int8 gives what it takes, the others take and give float32.
+        rows: number of rows the layout is chosen for; any other number works too. None: no layout but torch's own,
+            for compilers, which cannot look into others.
     """
     weight = weight.detach().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     on_cpu = weight.device.type == "cpu"
+    if dtype == "int8":
+        return _Int8Linear(weight, fused=rows is not None and on_cpu and _has_int8())
     if dtype == "fp16":
         return _Fp16Linear(weight)
-    if on_cpu and _has_onednn(dtype):
+    if rows is not None and on_cpu and _has_onednn(dtype):
         return _OneDNNLinear(weight, rows)
     return _PlainLinear(weight)
 
@@ -97,6 +105,29 @@ class _Fp16Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.packed)
+
+
+class _Int8Linear:
+    """Integers of 8 bits with one scale per output, bfloat16 activations, float32 sums; rows come out alike.
+
+    Rounding is to the nearest, ties to even; the largest weight of an output is 127 steps.
+    """
+
+    def __init__(self, weight: Tensor, *, fused: bool) -> None:
+        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        quantized = (weight / scale.unsqueeze(1)).round().to(torch.int8)
+        self.more = -weight.shape[1] % _INT8_COLUMNS if fused else 0
+        self.weight = F.pad(quantized, (0, self.more)).contiguous()
+        self.scale = scale.to(torch.bfloat16)
+        self.fused = fused
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.to(torch.bfloat16)
+        if not self.fused:  # a compiler widens the weights as they are read
+            return (F.linear(rows, self.weight.to(rows.dtype)) * self.scale).to(x.dtype)
+        rows = F.pad(rows.flatten(0, -2), (0, self.more))
+        out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def uniform_rows(rows: int, dtype: str) -> int:
@@ -138,6 +169,16 @@ def _has_fp16() -> bool:
     try:
         packed = torch.ops.quantized.linear_prepack_fp16(torch.zeros(16, 16), None)
         torch.ops.quantized.linear_dynamic_fp16(torch.zeros(1, 16), packed)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@cache
+def _has_int8() -> bool:
+    try:
+        weight, scale = torch.zeros(16, _INT8_COLUMNS, dtype=torch.int8), torch.ones(16, dtype=torch.bfloat16)
+        torch._weight_int8pack_mm(torch.zeros(1, _INT8_COLUMNS, dtype=torch.bfloat16), weight, scale)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True

@@ -15,6 +15,7 @@ from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
 from smalto.losses.cross_entropy import linear_cross_entropy
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
+from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.memory import check_batch
 from smalto.sampling.packed import resolve_dtype
@@ -186,9 +187,14 @@ class GPTTask(L.LightningModule):
         if self._packed is not None:
             check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
             return self._packed
-        dtype = resolve_dtype(self.engine.dtype, self.device)
+        compiled = self.engine.compile
+        dtype = resolve_dtype(self.engine.dtype, self.device, packed=not compiled)
         check_batch(self.net, images, guided=guided, dtype=dtype)
-        decoder = DecodeEngine(self.net, dtype=dtype, rows=images * (2 if guided else 1))
+        decoder = (
+            CompiledEngine(self.net, dtype=dtype)
+            if compiled
+            else DecodeEngine(self.net, dtype=dtype, rows=images * (2 if guided else 1))
+        )
         self._packed = decoder if self._weights_are_fixed else None
         return decoder
 
