@@ -44,6 +44,33 @@ def assert_same(found, wanted):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-3 * LEARNING_RATE, msg=name)
 
 
+FUSED = partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=[0.9, 0.95], fused=True)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("make", [make_gpt_task, make_tokenizer_task])
+def test_fused_optimizers_are_clipped_in_every_precision(tmp_path, monkeypatch, make, precision):
+    """Lightning's own clipping refuses fused optimizers in bf16-mixed."""
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, closure=None):
+        if closure is not None:
+            closure()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    task, data = make(optimizer=FUSED), make_codes() if make is make_gpt_task else make_images()
+    clip = {"gradient_clip_val": 0.01} if make is make_gpt_task else {}
+    if make is make_tokenizer_task:
+        task.gradient_clip = 0.01
+    make_trainer(tmp_path, max_steps=5, precision=precision, **clip).fit(task, data)
+    assert len(norms) == (5 if make is make_gpt_task else 7)  # the discriminator starts at step 3
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_recomputed_blocks_give_the_same_weights_with_dropout(tmp_path, every):
     assert_same(weights_after(tmp_path, recompute_every=every), weights_after(tmp_path))

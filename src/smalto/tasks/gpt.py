@@ -20,7 +20,7 @@ from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.memory import check_batch
 from smalto.sampling.packed import resolve_dtype
 from smalto.tasks.checkpoint import load_tokenizer
-from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
 
@@ -131,6 +131,19 @@ class GPTTask(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.schedule.scheduler(optimizer), "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning asks here; what it would do itself fails with fused optimizers in bf16-mixed."""
+        by_norm = gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed"
+        if gradient_clip_val and by_norm:
+            clip_gradients(optimizer, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @property
     def tokens_per_image(self) -> int:

@@ -44,6 +44,15 @@ def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) ->
     return factory(groups)
 
 
+def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
+    """Scale the gradients of an optimizer down to a global norm of ``max_norm``; of sharded ones over all shards.
+
+    Lightning's own clipping refuses fused optimizers under every mixed precision, because those of float16 carry a loss
+    scale into the step; bfloat16 has none.
+    """
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Factor of the learning rate as a pure function of the optimizer step, so resuming needs the step only.

@@ -14,7 +14,7 @@ from smalto.data.transforms import to_float, to_pixels
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
 from smalto.nn.flops import forward_flops
 from smalto.sampling.engine import EngineConfig
-from smalto.tasks.optim import Schedule, build_optimizer
+from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
@@ -221,7 +221,7 @@ class TokenizerTask(L.LightningModule):
 
     def _clip(self, optimizer: Optimizer) -> None:
         if self.gradient_clip > 0:
-            self.clip_gradients(optimizer, self.gradient_clip, gradient_clip_algorithm="norm")
+            clip_gradients(optimizer, self.gradient_clip)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Losses of the batch; its reconstruction goes on to the callbacks."""
