@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, newest_checkpoint
 from smalto.callbacks.provenance import Provenance
+from smalto.callbacks.ranks import RankWatch, follow_parent
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.tasks.checkpoint import start_from
 
@@ -34,6 +35,7 @@ def run(config: DictConfig) -> dict[str, float]:
     if finished is not None:
         log.info("%s is finished already (overwrite=true trains anew)", folder)
         return finished
+    follow_parent(folder)
     setup_logging(folder / "train.log")
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
@@ -58,7 +60,8 @@ def run(config: DictConfig) -> dict[str, float]:
         start_from(task, plain["init_from"], kind=plain["kind"])
         log.info("starting with the weights of %s", plain["init_from"])
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with RankWatch(trainer, folder):
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint
         raise KeyboardInterrupt from None
     if not any(key.startswith("val/") for key in trainer.callback_metrics):  # only the end of the run was missing

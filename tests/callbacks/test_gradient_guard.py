@@ -105,7 +105,10 @@ def test_a_norm_far_beyond_the_average(tmp_path, monkeypatch):
 def test_nothing_but_bad_steps_ends_the_run_with_the_last_good_checkpoint(tmp_path):
     guard = GradientGuard(patience=3)
     saver = LatestCheckpoint(dirpath=tmp_path / "checkpoints", every_n_steps=2)
-    with pytest.raises(ValueError, match=r"last 5 steps, up to step 9, .*step_00000008.ckpt holds good weights: start anew with init_from="):
+    with pytest.raises(
+        ValueError,
+        match=r"last 5 steps, up to step 9, .*step_00000008.ckpt holds good weights: start anew with init_from=",
+    ):
         fit(tmp_path, "gpt", dict.fromkeys(range(4, 20), float("nan")), saver, guard=guard, steps=20)
     state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert all(bool(value.isfinite().all()) for value in state["state_dict"].values())
