@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from smalto.callbacks.agreement import Agreement
 from smalto.data.write import commit
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ class LatestCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = -1
+        self._agreement: Agreement | None = None
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answer signals from here on."""
         self._saved_step = trainer.global_step
+        self._agreement = Agreement()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
@@ -62,7 +65,7 @@ class LatestCheckpoint(Checkpoint):
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         # Ranks get signals at different steps; they must agree, or some would wait in a save that others never join.
-        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+        if self._agreement is not None and self._agreement.any(self._signal is not None):
             self.save(trainer)
             if self._signal == signal.SIGTERM:
                 raise SIGTERMException
@@ -81,6 +84,8 @@ class LatestCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the end."""
+        if self._agreement is not None:
+            self._agreement.answer()  # nobody leaves while a question is on its way
         self.save(trainer)
         self._restore_signals()
 
