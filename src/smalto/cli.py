@@ -12,6 +12,7 @@ from smalto import __version__
 VERBS = {
     "prepare": "image source -> image shards",
     "train": "image shards -> tokenizer, code shards -> generator",
+    "plan": "a training's parameters, FLOPs, memory, hours and cost, before it runs",
     "resume": "the folder of an unfinished run -> the same run, continued",
     "extract": "image shards + tokenizer -> code shards",
     "sample": "generator -> sheet, pictures, .npz",

@@ -88,5 +88,5 @@ def test_flops_are_those_that_run(kind):
         if kind == "gpt":
             task._loss(batch)[0].backward()
         else:
-            task._generator_losses(task._image(batch), adversarial=False)[1]["loss"].backward()
+            task.generator_losses(task._image(batch), adversarial=False)[1]["loss"].backward()
     assert 2 * task.training_flops == pytest.approx(counter.get_total_flops(), rel=0.02)

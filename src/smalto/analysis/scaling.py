@@ -144,6 +144,17 @@ class GPTShape:
         """Of one image, forward and backward: a gradient for inputs and one for weights, so three times forward."""
         return 3 * self.forward_flops
 
+    def sampling_flops(self, *, guided: bool) -> int:
+        """Of drawing one image: the condition in one pass, then a code at a time against what the cache holds.
+
+        Args:
+            guided: with a second, unconditional row, at every step.
+        """
+        text = 0 if self.text_dim is None else 2 * self.prefix * (self.text_dim * self.dim + self.dim**2)
+        pairs = self.prefix**2 + sum(self.prefix + step for step in range(1, self.num_codes))
+        blocks = self.num_layers * (2 * self.positions * self.block_weights + 4 * pairs * self.dim)
+        return (2 if guided else 1) * (text + blocks + 2 * self.num_codes * self.dim * self.vocab_size)
+
     @property
     def six_n_flops(self) -> int:
         """The usual approximation of :attr:`training_flops`: 6 N per position, N without lookup tables."""

@@ -71,8 +71,25 @@ class PerceptualLoss(nn.Module):
         self.min_size = MIN_SIZE[net]
         # A surrounding `torch.device("meta")` (late building under FSDP) would leave them without values.
         with torch.device("cpu"):
-            network = _build("vgg", _read_vgg(path)) if net == "vgg" else _build("squeeze", _read_squeeze())
+            network = self.load_network(net, path)
         self._constant = (network.eval().requires_grad_(False).to(memory_format=torch.channels_last),)
+
+    def load_network(self, net: str, path: Path) -> nn.Module:
+        """The network of lpips under the trunk ``net``, with its weights; those of VGG16 are read from ``path``."""
+        trunk = _read_vgg(path) if net == "vgg" else _read_squeeze()
+        network = self.layers(net)
+        state = {key: trunk["features." + key.split(".", 1)[1]] for key in network.net.state_dict()}
+        network.net.load_state_dict(state)
+        return network
+
+    @staticmethod
+    def layers(net: str) -> Any:
+        """The network of lpips with its heads, its trunk still at random values."""
+        lpips = importlib.import_module("lpips")
+        # Random first weights must not move the generator that a seeded training draws from.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torchvision's notice about lpips' way of calling it
+            return lpips.LPIPS(net="vgg" if net == "vgg" else "squeeze", pnet_rand=True, verbose=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "PerceptualLoss":
         super()._apply(fn, recurse)
@@ -128,18 +145,6 @@ def _unit(level: Tensor) -> Tensor:
     return level / ((level.square().sum(dim=1, keepdim=True) + TINY).sqrt() + 1e-10)
 
 
-def _build(kind: str, trunk: dict[str, Tensor]) -> nn.Module:
-    """The network of lpips with its heads, and a trunk given in torchvision's naming (``features.N...``)."""
-    lpips = importlib.import_module("lpips")
-    # Random first weights must not move the generator that a seeded training draws from.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchvision's notice about lpips' way of calling it
-        network = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False)
-    state = {key: trunk["features." + key.split(".", 1)[1]] for key in network.net.state_dict()}
-    network.net.load_state_dict(state)
-    return network
-
-
 def _read_vgg(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
@@ -170,7 +175,7 @@ def _read_squeeze() -> dict[str, Tensor]:
         state[f"{module}.weight"] = kernel.permute(3, 2, 0, 1).contiguous()  # stored (h, w, in, out)
         state[f"{module}.bias"] = bias.flatten()
     # Caffe's input is BGR in [0, 255] minus a mean; folded into the first convolution, which has no padding,
-    # so # that the fold is exact. lpips normalises to (rgb - mean) / std in [0, 1].
+    # so that the fold is exact. lpips normalises to (rgb - mean) / std in [0, 1].
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     caffe_mean = torch.tensor([122.67892, 116.66877, 104.00699])  # red, green, blue
     kernel = state["features.0.weight"].flip(1)

@@ -32,6 +32,20 @@ def measured_tflops(device: torch.device, dtype: torch.dtype, *, seconds: float 
     return 2 * size**3 / best / 1e12
 
 
+def measured_bandwidth(device: torch.device, *, seconds: float = 0.5) -> float:
+    """Best copy of 256 MB seen in about so many seconds, GB/s read and written."""
+    a = torch.ones(2**26, device=device)
+    b = torch.empty_like(a)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        _wait(device)
+        start = time.perf_counter()
+        b.copy_(a)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.nbytes / best / 1e9
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

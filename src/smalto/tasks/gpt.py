@@ -167,13 +167,16 @@ class GPTTask(L.LightningModule):
         loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
         return loss, logits
 
-    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy per code, in nats."""
+    def training_loss(self, batch: CodeBatch) -> Tensor:
+        """Mean cross-entropy per code, in nats, with as many logits at a time as ``loss_rows`` says."""
         if self.loss_rows:
             hidden = self.net.hidden(batch["codes"], *self.condition(batch)).flatten(0, 1)
-            loss = linear_cross_entropy(hidden, self.net.output.weight, batch["codes"].flatten(), rows=self.loss_rows)
-        else:
-            loss, _ = self._loss(batch)
+            return linear_cross_entropy(hidden, self.net.output.weight, batch["codes"].flatten(), rows=self.loss_rows)
+        return self._loss(batch)[0]
+
+    def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy per code, in nats."""
+        loss = self.training_loss(batch)
         self.log("train/loss", loss)  # not prog_bar: Lightning would fetch it from the device in every step
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

@@ -141,7 +141,11 @@ class TokenizerTask(L.LightningModule):
 
     @property
     def training_flops(self) -> float:
-        """Of one image in the training step that comes next, a multiply-add as two.
+        """Of one image in the training step that comes next, see :meth:`flops`."""
+        return self.flops(adversarial=self.global_step >= self.disc_start)
+
+    def flops(self, *, adversarial: bool) -> float:
+        """Of one image in a training step before or after the discriminator's start, a multiply-add as two.
 
         A backward pass costs what the forward pass does for inputs, and as much again for weights. The perceptual
         network sees both images and gives gradients to one; the discriminator, once it is there, judges one for the
@@ -151,7 +155,7 @@ class TokenizerTask(L.LightningModule):
         flops = 3.0 * forward_flops(self.net, image)
         if self.perceptual is not None:
             flops += 3 * forward_flops(self.perceptual, image, image) / 2
-        if self.discriminator is not None and self.global_step >= self.disc_start:
+        if self.discriminator is not None and adversarial:
             flops += 8 * forward_flops(self.discriminator, image)
         return flops
 
@@ -166,7 +170,7 @@ class TokenizerTask(L.LightningModule):
         generator = optimizers[0] if isinstance(optimizers, list) else optimizers
         # Read before the step: stepping raises global_step, and the discriminator would start one step early.
         adversarial = self.discriminator is not None and self.global_step >= self.disc_start
-        reconstruction, losses = self._generator_losses(image, adversarial=adversarial)
+        reconstruction, losses = self.generator_losses(image, adversarial=adversarial)
         generator.zero_grad(set_to_none=True)
         self.manual_backward(losses["loss"])
         self._clip(generator)
@@ -179,7 +183,8 @@ class TokenizerTask(L.LightningModule):
         self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()})
         self.log("train/lr", rate)
 
-    def _generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction of float (B, 3, H, W) in [-1, 1], and every term of the loss; ``loss`` is to be minimised."""
         reconstruction, quantized = self.net(image)
         rec = self.reconstruction_loss(reconstruction, image)
         losses = {

@@ -1,0 +1,65 @@
+"""Drawing images with a trained generator: memory and, at best, time."""
+
+from dataclasses import dataclass
+
+from smalto.analysis.scaling import GPTShape
+from smalto.models.gpt import GPT
+from smalto.planning.device import GIB, Device
+from smalto.sampling.memory import bytes_per_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """Of one batch of images on one device, the tokenizer's decoder left out.
+
+    Args:
+        guided: with an unconditional row per image.
+        images: in the batch.
+        flops_per_image: of the transformer.
+        cache_bytes: keys and values of the batch when the last code is drawn.
+        total_bytes: with the trained weights, their packed copy, the tokenizer, and working memory.
+        largest_batch: images that fit the device.
+        seconds: of the batch, if every step took what reading weights and cache, or the arithmetic, takes at least.
+    """
+
+    guided: bool
+    images: int
+    flops_per_image: int
+    cache_bytes: int
+    total_bytes: int
+    largest_batch: int
+    seconds: float
+
+
+def plan_sampling(
+    net: GPT, device: Device, *, images: int, guided: bool, usable: float, tokenizer_bytes: int
+) -> SamplingPlan:
+    """For a generator on the meta device, decoding in bfloat16 where the device has it."""
+    itemsize = 2 if device.bf16 and device.kind == "cuda" else 4
+    shape = GPTShape.of(net)
+    rows = images * (2 if guided else 1)
+    packed = itemsize * (shape.num_layers * shape.block_weights + shape.vocab_size * shape.dim)
+    stored = sum(p.numel() * 4 for p in net.parameters()) + packed + tokenizer_bytes
+    each = bytes_per_image(net, guided=guided, itemsize=itemsize)
+    position = 2 * shape.num_layers * net.num_kv_heads * net.head_dim * itemsize
+    flops = shape.sampling_flops(guided=guided)
+    peak = 1e12 * (device.half_tflops if itemsize == 2 else device.fp32_tflops)
+    read = packed + rows * position * (shape.prefix + shape.num_codes / 2)
+    step = max(read / (device.bandwidth_gb_s * 1e9), images * flops / shape.num_codes / peak)
+    return SamplingPlan(
+        guided=guided,
+        images=images,
+        flops_per_image=flops,
+        cache_bytes=rows * position * shape.positions,
+        total_bytes=stored + images * each,
+        largest_batch=max(0, int((usable - stored) // each)),
+        seconds=step * shape.num_codes,
+    )
+
+
+def describe(plan: SamplingPlan) -> str:
+    """One line."""
+    return (
+        f"{plan.images} images at once: {plan.total_bytes / GIB:.1f} GiB, cache {plan.cache_bytes / GIB:.2f} GiB; "
+        f"at least {plan.seconds:.1f} s; largest batch {plan.largest_batch}"
+    )
