@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from smalto.analysis.scaling import GPTShape
@@ -66,6 +67,22 @@ def test_forward_flops_are_what_torch_counts(shape):
     with FlopCounterMode(display=False) as counter:
         net(codes, condition)
     assert counter.get_total_flops() == images * shape.forward_flops
+
+
+@pytest.mark.parametrize("name", ["grouped-query", "text"])
+def test_sampling_flops_are_what_torch_counts(name):
+    shape, images = VARIANTS[name], 2
+    net = built(shape).to_empty(device="cpu").eval()
+    net.init_weights()
+    text = None if shape.text_dim is None else torch.zeros(images, shape.text_tokens, shape.text_dim)
+    condition = torch.zeros(images, dtype=torch.int64) if text is None else text
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = net.new_cache(images)
+        net.prefill(condition, cache)
+        for _ in range(shape.num_codes - 1):
+            net.step(torch.zeros(images, dtype=torch.int64), cache)
+    assert counter.get_total_flops() == images * shape.sampling_flops(guided=False)
+    assert shape.sampling_flops(guided=True) == 2 * shape.sampling_flops(guided=False)
 
 
 def test_training_flops_are_what_torch_counts():

@@ -74,7 +74,7 @@ def test_wrong_settings_are_refused_at_once(wrong):
         Throughput(**wrong)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
+@pytest.mark.parametrize("kind", ["gpt", "tokenizer", "tokenizer with discriminator"])
 def test_flops_are_those_that_run(kind):
     """Forward and backward on the real device; first layers of convolutional nets need no gradient for their input."""
     if kind == "gpt":
@@ -88,5 +88,11 @@ def test_flops_are_those_that_run(kind):
         if kind == "gpt":
             task._loss(batch)[0].backward()
         else:
-            task.generator_losses(task._image(batch), adversarial=False)[1]["loss"].backward()
-    assert 2 * task.training_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+            adversarial = kind != "tokenizer"
+            image = task._image(batch)
+            rebuilt, losses = task.generator_losses(image, adversarial=adversarial)
+            losses["loss"].backward()
+            if adversarial:
+                task.disc_loss(task.discriminator(image), task.discriminator(rebuilt.detach())).backward()
+    flops = task.training_flops if kind == "gpt" else task.flops(adversarial=kind != "tokenizer")
+    assert 2 * flops == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -11,7 +11,10 @@ from smalto.data.health import shard_meta
 
 IMAGENET = 1_281_167
 FASHION_MNIST = 9_071  # of the 10,000 embedded ones, the training split of smalto prepare
-_ASSUMED = {"fashion_mnist": ("Fashion-MNIST's", FASHION_MNIST), "fashion_mnist_codes": ("Fashion-MNIST's", FASHION_MNIST)}
+_ASSUMED = {
+    "fashion_mnist": ("Fashion-MNIST's", FASHION_MNIST),
+    "fashion_mnist_codes": ("Fashion-MNIST's", FASHION_MNIST),
+}
 
 _HEADER = 128
 """Bytes before the data of an .npy file of a small array."""

@@ -9,16 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.tokenizers.quantize import LOOKUP_ROWS
+
 
 @contextmanager
 def gpu_rules() -> Iterator[None]:
     """Within it, layers drop with a mask of a byte per element, and autocast normalises groups in float32.
 
     As CUDA does; on a CPU dropout keeps its mask in the dtype of the input, and autocast leaves groups in bfloat16:
-    a tokenizer's step would seem to hold a third less. The tensors stay on a CPU because PyTorch's backward pass asks
-    the driver for the streams of a GPU, also when all tensors are fake.
+    a tokenizer's step would seem to hold a third less. Latents are compared with the codebook in a GPU's chunks. The
+    tensors stay on a CPU because PyTorch's backward pass asks the driver for the streams of a GPU, also when all
+    tensors are fake.
     """
-    with mock.patch.multiple(F, dropout=_dropout, group_norm=_group_norm):
+    with (
+        mock.patch.multiple(F, dropout=_dropout, group_norm=_group_norm),
+        mock.patch.dict(LOOKUP_ROWS, clear=True),
+    ):
         yield
 
 

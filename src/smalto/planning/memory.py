@@ -14,8 +14,6 @@ from smalto.planning.step import PRECISIONS, StepBytes, optimizer_bytes, trace_s
 STRATEGIES = ("auto", "ddp", "fsdp")
 """One device; a copy on each; weights, gradients and optimizer state cut among all."""
 
-MOST_DEVICES = 4096
-
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
@@ -107,9 +105,7 @@ class MemoryPlan:
 
         def curve(cast_weights: bool) -> StepCurve:
             return StepCurve(
-                lambda images: trace_step(
-                    task, images=images, precision=precision, gpu=gpu, cast_weights=cast_weights
-                ),
+                lambda images: trace_step(task, images=images, precision=precision, gpu=gpu, cast_weights=cast_weights),
                 each,
                 second,
             )
@@ -129,7 +125,7 @@ class MemoryPlan:
         step = (self._sharded if strategy == "fsdp" else self._copied)(images)
         activations = step.without_gradients
         if strategy == "auto" and self._accumulate == 1:
-            activations = step.with_gradients - gradients
+            activations = step.with_gradients(gradients) - gradients
         return DeviceMemory(
             weights=-(-self._weights // shards),
             gradients=-(-gradients // shards),
@@ -150,8 +146,9 @@ class MemoryPlan:
         return whole + self._gathered_size * (2 * self._root + 4 * self._block) + 2 * self._stored * self._block
 
     def smallest(self, strategy: str, usable: float) -> int | None:
-        """Smallest power of two of devices on which the global batch fits ``usable`` bytes; None if none does."""
-        counts = [2**n for n in range(13) if self.global_batch % 2**n == 0 and 2**n <= min(self.global_batch, MOST_DEVICES)]
+        """Smallest power of two of devices, 4096 at most, on which the global batch fits ``usable`` bytes; None if none does."""
+        counts = [2**n for n in range(13)]
+        counts = [n for n in counts if self.global_batch % n == 0]
         for devices in counts[:1] if strategy == "auto" else counts:
             if self.at(strategy, devices=devices, images=self.global_batch // devices).total <= usable:
                 return devices
@@ -185,7 +182,7 @@ def parameters_by_part(task: Any) -> dict[str, int]:
     counts = {}
     for net in trained_nets(task):
         kind = "discriminator" if net is not task.net else ""
-        for name, part in ([("", net)] if kind else net.named_children()):
+        for name, part in [("", net)] if kind else net.named_children():
             number = _trained(part)
             if number:
                 counts[kind or PART_NAMES.get(name, name)] = number

@@ -63,10 +63,7 @@ def _parameters(found: dict[str, Any]) -> Iterable[str]:
 def _flops(found: dict[str, Any]) -> Iterable[str]:
     if "training_adversarial" in found:
         yield f"encode {_tera(found['encode'])}, decode {_tera(found['decode'])}"
-        yield (
-            f"training {_tera(found['training'])}, with the discriminator {_tera(found['training_adversarial'])}; "
-            f"6 N per code would be {_tera(found['six_n'])}"
-        )
+        yield (f"training {_tera(found['training'])}, with the discriminator {_tera(found['training_adversarial'])}")
         return
     again = found["hardware"] / found["training"] - 1
     recomputed = f", {again:.0%} more for what is computed again" if again else ""

@@ -31,19 +31,24 @@ class StepBytes:
     """Bytes of a step beside weights, optimizer state and averages, at their largest.
 
     Args:
-        without_gradients: complete gradients not counted: they are sharded, or in buckets that are always there.
-        forward: counted, those of the last step: Lightning drops them between the two passes.
-        backward: counted as they arise.
+        forward: until the loss is there, gradients not counted.
+        backward: from then on, gradients that are complete not counted: they are sharded, or in buckets that are always
+            there.
+        backward_and_gradients: the same, counted as they arise.
     """
 
-    without_gradients: int
     forward: int
     backward: int
+    backward_and_gradients: int
 
     @property
-    def with_gradients(self) -> int:
+    def without_gradients(self) -> int:
         """Of the whole step."""
         return max(self.forward, self.backward)
+
+    def with_gradients(self, gradients: int) -> int:
+        """Of the whole step; the last one's, ``gradients`` bytes, are there until the loss is: as Lightning does."""
+        return max(self.forward + gradients, self.backward_and_gradients)
 
     def toward(self, other: "StepBytes", share: float) -> "StepBytes":
         """On the line through both, ``share`` of the way; never below zero."""
@@ -64,8 +69,8 @@ def trained_parameters(task: Any) -> list[nn.Parameter]:
 def trace_step(task: Any, *, images: int, precision: str, gpu: bool, cast_weights: bool = False) -> StepBytes:
     """Forward and backward pass of ``images`` images on one device, every operator of it, without computing.
 
-    Of a transformer a few blocks are traced: each moment that can be the peak holds the same for every further block
-    (or, with ``recompute_every``, for every further group of blocks), so what the others add is known to the byte.
+    Of a transformer a few blocks are traced: at the end of either pass's peak every further block (with
+    ``recompute_every``, every further group of blocks) has left the same, so what the others add is known to the byte.
 
     Args:
         task: built by :func:`smalto.planning.outline.build_outline`; gets new fake weights.
@@ -108,11 +113,11 @@ def _trace(task: Any, *, images: int, precision: str, gpu: bool, cast_weights: b
         live.restart()
         passes = step(task, images, autocast, stored)
         next(passes)
-        forward = live.peak_of_all
-        live.peak_of_all = 0
+        forward = live.peak
+        live.restart()
         for _ in passes:
             continue
-    return StepBytes(live.peak, forward, live.peak_of_all)
+    return StepBytes(forward, live.peak, live.peak_of_all)
 
 
 def _generator_step(task: GPTTask, images: int, autocast: Any, dtype: torch.dtype) -> Iterator[None]:
@@ -127,8 +132,8 @@ def _generator_step(task: GPTTask, images: int, autocast: Any, dtype: torch.dtyp
         batch["label"] = torch.empty(images, dtype=torch.int64)
     with autocast:
         loss = task.training_loss(batch)
-    yield
     net.zero_grad()  # as Lightning does, between the two passes
+    yield
     loss.backward()
 
 
@@ -139,8 +144,8 @@ def _tokenizer_step(task: TokenizerTask, images: int, autocast: Any, dtype: torc
     image: Tensor = to_float(batch).to(dtype).contiguous(memory_format=torch.channels_last)
     with autocast:
         reconstruction, losses = task.generator_losses(image, adversarial=task.discriminator is not None)
-        yield
         task.net.zero_grad()
+        yield
         losses["loss"].backward()
         if task.discriminator is not None:
             real, fake = task.discriminator(image), task.discriminator(reconstruction.detach())

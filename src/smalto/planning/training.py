@@ -1,4 +1,4 @@
-"""A training config to a plan: parameters, arithmetic, memory, time, storage. Plain values, for a table and for JSON."""
+"""A training config to a plan: parameters, arithmetic, memory, time. Plain values, for a table and for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +18,8 @@ Plan = dict[str, Any]
 
 def plan_flops(task: Any, kind: str) -> Plan:
     """FLOPs per image, a multiply-add as two; ``training`` without and ``hardware`` with what is computed twice.
+
+    ``six_n`` is the rule of thumb for transformers; a convolution uses a weight at every pixel, so it has none.
 
     Args:
         task: built as an outline, on the meta device.
@@ -50,7 +52,6 @@ def plan_flops(task: Any, kind: str) -> Plan:
         "decode": decode,
         "training": before,
         "training_adversarial": after,
-        "six_n": 6 * sum(p.numel() for p in net.parameters()) * rows * columns,
     }
 
 
@@ -112,8 +113,8 @@ def plan_time(
     if not 0 < share <= 1:
         raise ValueError(f"plan.mfu is {share}, must be above 0 and at most 1: the share of the peak that is reached")
     rate = devices * share * device.peak_flops(precision)
-    late = flops.get("training_adversarial", 0.0) if disc_start is not None else 0.0
-    usual = late or flops.get("hardware", flops["training"])
+    late: float = flops.get("training_adversarial", 0.0) if disc_start is not None else 0.0
+    usual: float = late or flops.get("hardware") or flops["training"]
 
     def seconds(steps: float, each: float) -> float:
         return steps * schedule.images_per_step * each / rate

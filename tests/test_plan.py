@@ -1,0 +1,131 @@
+"""``smalto plan``: every training config has a plan, and what is wrong with one is said as training would say it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from smalto import plan
+from smalto.nn.peak import NAMED_TFLOPS
+from smalto.planning.step import StepBytes
+from smalto.runtime import build, compose, conf_dir
+
+CONF = Path(conf_dir())
+GIB = 2**30
+
+
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """Makes a plan; how much a step holds has its own tests, here each image takes 1 GiB and a batch one more."""
+    monkeypatch.setenv("SMALTO_LAUNCHED_AT", "test")
+    monkeypatch.setenv("SMALTO_OUTPUTS", str(tmp_path / "outputs"))
+
+    def traced(task, *, images, **_):
+        return StepBytes(forward=(images + 1) * GIB, backward=0, backward_and_gradients=0)
+
+    monkeypatch.setattr("smalto.planning.memory.trace_step", traced)
+    return lambda *overrides: plan.make_plan(compose("plan", list(overrides)))
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_has_a_plan_without_data(planned, experiment):
+    small = ["tokenizer.num_res_blocks=1", "perceptual=none"]
+    found = planned(f"experiment={experiment}", *small)
+    assert found["time"]["seconds"] > 0
+    assert found["memory"]["strategies"]["auto"]["total"] > 0
+    assert "assumed" in found["storage"]["training_images_from"] or "data." in found["storage"]["training_images_from"]
+
+
+# Of the spec: blocks with the last norm, and the whole. All sizes: tests/models/test_parameter_counts.py.
+@pytest.mark.parametrize(
+    ("size", "blocks", "whole"), [("b", 84_953_856, 110_888_448), ("3b", 2_988_598_400, 3_096_659_200)]
+)
+def test_parameters_are_the_published_ones(planned, size, blocks, whole):
+    found = planned("experiment=c2i_256", f"model={size}")["parameters"]
+    assert found["trained"] == whole
+    assert found["parts"]["blocks"] + found["parts"]["last norm"] == blocks
+    assert found["parts"]["conditioner"] * 16384 == 1001 * found["parts"]["head"]
+    assert found["frozen"] == {"tokenizer": 71_883_403}
+
+
+def test_parameters_by_text(planned):
+    found = planned("data=text_codes", "data.path=none", "conditioner=text", "model=xl", "trainer.max_steps=10")
+    assert found["parameters"]["trained"] == 777_678_080 + 120 * 2048  # the null features are a buffer with the authors
+    assert found["storage"]["text_bytes_at_most"] == 1_281_167 * 120 * 2048 * 2
+
+
+def test_a_tokenizer_by_parts(planned):
+    found = planned("experiment=tokenizer_f16", "perceptual=vgg")["parameters"]
+    assert found["model"] == 71_883_403
+    assert found["parts"]["encoder"] == 29_298_176
+    assert found["parts"]["decoder"] == 42_449_795
+    assert found["parts"]["codebook"] == 131_072
+    assert found["parts"]["discriminator"] == 2_765_633
+    assert found["frozen"]["perceptual"] == 14_714_688 + 1472  # VGG16 without its classifier, and lpips' heads
+
+
+def test_memory_and_what_fits(planned):
+    on_t4 = ["device=t4", "trainer.precision=16-mixed"]
+    found = planned("experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=16", "plan.headroom=0")
+    rows, state = found["memory"]["strategies"], 4 * 110_888_448
+    for strategy, shards in (("auto", 1), ("ddp", 1), ("fsdp", 16)):
+        row = rows[strategy]
+        assert row["gradients"] == pytest.approx(state / shards, rel=1e-6)
+        assert row["optimizer"] == pytest.approx(2 * state / shards, rel=1e-3)
+        assert row["average"] == pytest.approx(state / shards, rel=1e-6)
+        assert row["weights"] == pytest.approx(state / shards, rel=1e-3)  # and the rotary table
+    assert rows["auto"]["activations"] == 65 * GIB
+    assert rows["ddp"]["activations"] == rows["fsdp"]["activations"] == 5 * GIB
+    # 79.2 GiB of an A100, 2.3 of them for weights and tokenizer, one for the batch.
+    assert rows["auto"]["smallest_devices"] == rows["ddp"]["smallest_devices"] == 1
+    assert rows["ddp"]["largest_images_per_device"] == 75
+    small = planned("experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=16", *on_t4)
+    assert small["memory"]["strategies"]["auto"]["smallest_devices"] is None
+    assert small["memory"]["strategies"]["ddp"]["smallest_devices"] == 8
+    assert small["strategy"] == "ddp"
+
+
+def test_time_and_cost_follow_from_the_arithmetic(planned):
+    found = planned("experiment=c2i_256", "trainer.devices=8", "plan.mfu=0.5", "plan.price_per_hour=2", "seed=1")
+    images, flops = 300 * 5004 * 256, found["flops"]["training"]
+    assert found["time"]["seconds"] == pytest.approx(images * flops / (8 * 0.5 * 312e12))
+    assert found["time"]["cost"] == pytest.approx(found["time"]["seconds"] / 3600 * 8 * 2)
+    assert found["time"]["tokens"] == images * 256
+    recomputing = planned("experiment=c2i_256", "trainer.devices=8", "task.recompute_every=1")["flops"]
+    assert 1.25 < recomputing["hardware"] / flops < 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["plan.mfu=35"], "at most 1"),
+        (["trainer.devices=auto"], "trainer.devices=8"),
+        (["trainer.devices=3"], "data.batch_size=256"),
+        (["device=v100_32"], "16-mixed"),
+        (["trainer.precision=fp8"], "bf16-mixed"),
+        (["plan.device.memory_gib=0"], "memory_gib"),
+        (["plan.crops=0"], "plan.crops"),
+    ],
+)
+def test_what_is_wrong_is_said(planned, wrong, said):
+    with pytest.raises(Exception, match=said):
+        planned("experiment=c2i_256", *wrong)
+
+
+def test_devices_agree_with_the_peaks_of_mfu():
+    for path in sorted((CONF / "device").glob("[!m]*.yaml")):
+        device = build(OmegaConf.load(path))
+        assert device.name == path.stem
+        assert device.half_tflops == NAMED_TFLOPS[path.stem.split("_")[0]]
+
+
+def test_the_command_prints_a_table_and_writes_json(planned, tmp_path, capsys):
+    out = tmp_path / "new" / "plan.json"
+    plan.run(compose("plan", ["experiment=demo_gpt", f"out={out}"]))
+    said = capsys.readouterr().out
+    assert "1,969,920 trained" in said
+    assert "fewest devices" in said
+    assert json.loads(out.read_text())["kind"] == "gpt"
+    with pytest.raises(OSError, match="is a folder"):
+        plan.run(compose("plan", ["experiment=demo_gpt", f"out={tmp_path}"]))
