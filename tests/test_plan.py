@@ -25,6 +25,7 @@ def planned(monkeypatch, tmp_path):
         return StepBytes(forward=(images + 1) * GIB, backward=0, backward_and_gradients=0)
 
     monkeypatch.setattr("smalto.planning.memory.trace_step", traced)
+    monkeypatch.setattr("smalto.plan.decoding_bytes", lambda tokenizer, *, images, gpu: images * GIB // 10)
     return lambda *overrides: plan.make_plan(compose("plan", list(overrides)))
 
 
@@ -67,7 +68,14 @@ def test_a_tokenizer_by_parts(planned):
 
 def test_memory_and_what_fits(planned):
     on_t4 = ["device=t4", "trainer.precision=16-mixed"]
-    found = planned("experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=16", "plan.headroom=0")
+    found = planned(
+        "experiment=c2i_256",
+        "model=b",
+        "data.batch_size=64",
+        "trainer.devices=16",
+        "plan.headroom=0",
+        "callbacks.generation=null",
+    )
     rows, state = found["memory"]["strategies"], 4 * 110_888_448
     for strategy, shards in (("auto", 1), ("ddp", 1), ("fsdp", 16)):
         row = rows[strategy]
@@ -80,7 +88,9 @@ def test_memory_and_what_fits(planned):
     # 79.2 GiB of an A100, 2.3 of them for weights and tokenizer, one for the batch.
     assert rows["auto"]["smallest_devices"] == rows["ddp"]["smallest_devices"] == 1
     assert rows["ddp"]["largest_images_per_device"] == 75
-    small = planned("experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=16", *on_t4)
+    small = planned(
+        "experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=16", *on_t4, "callbacks.generation=null"
+    )
     assert small["memory"]["strategies"]["auto"]["smallest_devices"] is None
     assert small["memory"]["strategies"]["ddp"]["smallest_devices"] == 8
     assert small["strategy"] == "ddp"
@@ -129,3 +139,16 @@ def test_the_command_prints_a_table_and_writes_json(planned, tmp_path, capsys):
     assert json.loads(out.read_text())["kind"] == "gpt"
     with pytest.raises(OSError, match="is a folder"):
         plan.run(compose("plan", ["experiment=demo_gpt", f"out={tmp_path}"]))
+
+
+def test_samples_while_training_have_to_fit_too(planned):
+    cpus = ["experiment=c2i_256", "model=b", "data.batch_size=64", "trainer.devices=64", "plan.headroom=0"]
+    rows = planned(*cpus, "callbacks.generation.batch_size=64")["memory"]["strategies"]
+    state = 4 * 110_888_448
+    # weights twice (the average stands in), gradients, moments, average; the bfloat16 copy; 6.4 GiB of decoded pictures
+    assert rows["ddp"]["while_sampling"] == pytest.approx(6 * state + 0.22 * GIB + 6.4 * GIB, rel=0.1)
+    assert rows["ddp"]["while_sampling"] > rows["ddp"]["total"]
+    small = planned(*cpus, "callbacks.generation.batch_size=64", "plan.device.memory_gib=6")["memory"]["strategies"]
+    assert not small["ddp"]["fits"]
+    assert small["ddp"]["smallest_devices"] is None
+    assert small["ddp"]["largest_images_per_device"] == 0

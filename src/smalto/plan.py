@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from smalto.planning.device import Device
 from smalto.planning.memory import MemoryPlan, usable_bytes
 from smalto.planning.outline import build_outline
 from smalto.planning.report import show
-from smalto.planning.sampling import plan_sampling
+from smalto.planning.sampling import SamplingPlan, plan_sampling
 from smalto.planning.schedule import find_schedule
-from smalto.planning.step import PRECISIONS
+from smalto.planning.step import PRECISIONS, decoding_bytes
 from smalto.planning.training import Plan, plan_flops, plan_memory, plan_parameters, plan_time
 from smalto.runtime import build, hydra_main
 
@@ -98,22 +99,16 @@ def make_plan(config: DictConfig) -> Plan:
         ),
         "storage": _storage(config, data, images, source, tokens, kind),
     }
+    callbacks = config.get("callbacks") or {}
+    drawing = None
     if kind == "gpt":
-        usable = usable_bytes(device, settings.headroom)
-        plan["sampling"] = [
-            asdict(
-                plan_sampling(
-                    task.net,
-                    device,
-                    images=settings.sample_batch_size,
-                    guided=guided,
-                    usable=usable,
-                    tokenizer_bytes=tokenizer_bytes,
-                )
-            )
-            for guided in (False, True)
-        ]
-    ema = (config.get("callbacks") or {}).get("ema")
+        draw = partial(_sampling_plan, config, task, device, frozen.get("tokenizer"), tokenizer_bytes)
+        plan["sampling"] = [asdict(draw(settings.sample_batch_size, guided)) for guided in (False, True)]
+        generation = callbacks.get("generation") or {}
+        if generation.get("_target_"):
+            asked = draw(generation["batch_size"], config.sampling.cfg_scale > 1)
+            drawing = asked.packed_bytes + asked.working_bytes
+    ema = callbacks.get("ema")
     memory = MemoryPlan(
         task,
         precision=precision,
@@ -122,12 +117,37 @@ def make_plan(config: DictConfig) -> Plan:
         accumulate=trainer["accumulate_grad_batches"],
         averaged=bool(ema and ema.get("_target_")),
         frozen=tokenizer_bytes,
+        drawing=drawing,
         gpu=device.kind == "cuda",
     )
     plan["memory"] = plan_memory(memory, device, kind=kind, devices=devices, headroom=settings.headroom)
     plan["storage"]["checkpoint_bytes"] = memory.checkpoint_bytes
     plan["notes"] = notes
     return plan
+
+
+def _sampling_plan(
+    config: DictConfig,
+    task: Any,
+    device: Device,
+    tokenizer: nn.Module | None,
+    tokenizer_bytes: int,
+    images: int,
+    guided: bool,
+) -> SamplingPlan:
+    decoder_bytes = 0
+    if tokenizer is not None:
+        decoded = min(images, task.decode_batch_size)
+        decoder_bytes = decoding_bytes(tokenizer, images=decoded, gpu=device.kind == "cuda")
+    return plan_sampling(
+        task.net,
+        device,
+        images=images,
+        guided=guided,
+        usable=usable_bytes(device, config.plan.headroom),
+        tokenizer_bytes=tokenizer_bytes,
+        decoder_bytes=decoder_bytes,
+    )
 
 
 def _check(settings: DictConfig) -> None:
@@ -208,6 +228,7 @@ def _storage(
         "training_images_from": source,
         "image_bytes": found if found and kind == "tokenizer" else round(images * config.plan.image_kb * 1000),
         "code_bytes": found if found and kind == "gpt" else codes,
+        "image_kb": config.plan.image_kb,
         "crops": config.plan.crops,
         "measured": found is not None,
         "text_bytes_at_most": None if text is None else 2 * images * text * config.model.conditioner.num_tokens,

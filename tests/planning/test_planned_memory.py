@@ -41,7 +41,7 @@ RUNS = {
     "tokenizer": [
         *("task=tokenizer", "data=synthetic_images", "tokenizer=demo", "image_size=32", "task.disc_start=0"),
         *("tokenizer.base_channels=32", "tokenizer.channel_multipliers=[1,2]", "perceptual=none"),
-        *("discriminator.num_layers=2", "data.batch_size=8"),
+        *("discriminator.num_layers=1", "data.batch_size=4", "data.num_train=8"),
     ],
 }
 
@@ -80,12 +80,9 @@ def outlined(task):
     return task
 
 
-@pytest.mark.parametrize("recompute_every", [0, 2])
-def test_blocks_that_are_not_traced_are_known_to_the_byte(recompute_every):
+def test_blocks_that_are_not_traced_are_known_to_the_byte():
     task = outlined(
-        make_gpt_task(
-            net=lambda: make_gpt_task().net_factory(num_layers=7, drop_path=0.1), recompute_every=recompute_every
-        )
+        make_gpt_task(net=lambda: make_gpt_task().net_factory(num_layers=7, drop_path=0.1), recompute_every=2)
     )
     settings = {"images": 4, "precision": "bf16-mixed", "gpu": True, "cast_weights": False}
     assert trace_step(task, **settings) == step._trace(task, **settings)

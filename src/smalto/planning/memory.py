@@ -70,6 +70,7 @@ class MemoryPlan:
         accumulate: steps whose gradients are summed.
         averaged: with an EMA callback.
         frozen: bytes of networks beside those of the task.
+        drawing: bytes that a callback's samples take while training; None: there is none.
         gpu: by the rules of a GPU.
     """
 
@@ -83,8 +84,10 @@ class MemoryPlan:
         accumulate: int,
         averaged: bool,
         frozen: int,
+        drawing: int | None,
         gpu: bool,
     ) -> None:
+        self._drawing = drawing
         self.global_batch, self._accumulate = global_batch, accumulate
         stored, products = PRECISIONS[precision]
         self._stored, self._gathered_size = stored.itemsize, (products or stored).itemsize
@@ -136,6 +139,17 @@ class MemoryPlan:
             activations=activations,
         )
 
+    def while_sampling(self, strategy: str, *, devices: int) -> int | None:
+        """Bytes on each of ``devices`` while a callback draws samples; None: none does.
+
+        Gradients of the last step are still there; the average takes the place of the weights, which are kept aside.
+        """
+        if self._drawing is None:
+            return None
+        state = self.at(strategy, devices=devices, images=1)
+        kept = state.weights if state.average else 0
+        return state.total - state.activations - state.gathered + kept + self._drawing
+
     def _gathered(self) -> int:
         """Of FSDP2: everything outside of blocks from start to end, and its gradients until the end of the pass; the
         block at work and the next one, one of them twice while it is copied; gradients of a block before and, in the
@@ -145,23 +159,27 @@ class MemoryPlan:
         whole = self._stored * self._trained if self._accumulate > 1 else 0
         return whole + self._gathered_size * (2 * self._root + 4 * self._block) + 2 * self._stored * self._block
 
+    def peak(self, strategy: str, *, devices: int, images: int) -> int:
+        """Bytes on each of ``devices``, training or drawing."""
+        step = self.at(strategy, devices=devices, images=images).total
+        return max(step, self.while_sampling(strategy, devices=devices) or 0)
+
     def smallest(self, strategy: str, usable: float) -> int | None:
-        """Smallest power of two of devices, 4096 at most, on which the global batch fits ``usable`` bytes; None if none does."""
-        counts = [2**n for n in range(13)]
-        counts = [n for n in counts if self.global_batch % n == 0]
+        """Smallest power of two of devices, 4096 at most, on which the global batch fits ``usable`` bytes, or None."""
+        counts = [2**n for n in range(13) if self.global_batch % 2**n == 0]
         for devices in counts[:1] if strategy == "auto" else counts:
-            if self.at(strategy, devices=devices, images=self.global_batch // devices).total <= usable:
+            if self.peak(strategy, devices=devices, images=self.global_batch // devices) <= usable:
                 return devices
         return None
 
     def largest_batch(self, strategy: str, *, devices: int, usable: float) -> int:
         """Most images on each of ``devices`` within ``usable`` bytes; 0 if not even one fits."""
         low, high = 0, 1
-        while self.at(strategy, devices=devices, images=high).total <= usable and high < 2**20:
+        while self.peak(strategy, devices=devices, images=high) <= usable and high < 2**20:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            if self.at(strategy, devices=devices, images=middle).total <= usable:
+            if self.peak(strategy, devices=devices, images=middle) <= usable:
                 low = middle
             else:
                 high = middle

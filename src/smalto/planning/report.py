@@ -87,11 +87,14 @@ def _time(clock: dict[str, Any], precision: str) -> Iterable[str]:
 
 def _storage(found: dict[str, Any], tokens: int, kind: str) -> Iterable[str]:
     yield f"{found['training_images']:,} training images ({found['training_images_from']})"
-    images, codes = f"images {_giga(found['image_bytes'])}", f"codes {_giga(found['code_bytes'])}"
+    images, codes = _giga(found["image_bytes"]), _giga(found["code_bytes"])
     if found["measured"]:
-        yield f"on disk: {codes if kind == 'gpt' else images}"
+        yield f"on disk {codes if kind == 'gpt' else images}"
     else:
-        yield f"on disk: {images}, {codes} ({found['crops']} sequences of {tokens} an image)"
+        yield (
+            f"images of {found['image_kb']} kB each {images}, codes {codes} ({found['crops']} sequences of {tokens} an "
+            "image)"
+        )
     if found["text_bytes_at_most"] is not None:
         yield f"text features at most {_giga(found['text_bytes_at_most'])}"
     yield f"a checkpoint {_giga(found['checkpoint_bytes'])}"
@@ -119,7 +122,10 @@ def _memory(plan: dict[str, Any]) -> Table:
     row("devices x images on each", lambda entry: f"{entry['devices']} x {entry['images_per_device']}")
     for part, label in _PARTS.items():
         row(label, lambda entry, part=part: _gib(entry[part]))  # type: ignore[misc]
-    row("total", lambda entry: f"{_gib(entry['total'])}, {'fits' if entry['fits'] else 'too much'}")
+    row("total", lambda entry: _gib(entry["total"]))
+    if found["strategies"]["auto"]["while_sampling"] is not None:
+        row("while samples are drawn", lambda entry: _gib(entry["while_sampling"]))
+    row("", lambda entry: "fits" if entry["fits"] else "too much")
     row("most images that fit a device", lambda entry: f"{entry['largest_images_per_device']:,}")
     row("fewest devices for this batch", lambda entry: str(entry["smallest_devices"] or "never fits"))
     return table

@@ -4,20 +4,22 @@ from dataclasses import dataclass
 
 from smalto.analysis.scaling import GPTShape
 from smalto.models.gpt import GPT
-from smalto.planning.device import GIB, Device
+from smalto.planning.device import Device
 from smalto.sampling.memory import bytes_per_image
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """Of one batch of images on one device, the tokenizer's decoder left out.
+    """Of one batch of images on one device.
 
     Args:
         guided: with an unconditional row per image.
         images: in the batch.
         flops_per_image: of the transformer.
         cache_bytes: keys and values of the batch when the last code is drawn.
-        total_bytes: with the trained weights, their packed copy, the tokenizer, and working memory.
+        working_bytes: cache and activations of the transformer, or, if that is more, those of the tokenizer's decoder.
+        packed_bytes: a copy of the weights, laid out for decoding.
+        total_bytes: with the trained weights and the tokenizer.
         largest_batch: images that fit the device.
         seconds: of the batch, if every step took what reading weights and cache, or the arithmetic, takes at least.
     """
@@ -26,15 +28,27 @@ class SamplingPlan:
     images: int
     flops_per_image: int
     cache_bytes: int
+    working_bytes: int
+    packed_bytes: int
     total_bytes: int
     largest_batch: int
     seconds: float
 
 
 def plan_sampling(
-    net: GPT, device: Device, *, images: int, guided: bool, usable: float, tokenizer_bytes: int
+    net: GPT, device: Device, *, images: int, guided: bool, usable: float, tokenizer_bytes: int, decoder_bytes: int
 ) -> SamplingPlan:
-    """For a generator on the meta device, decoding in bfloat16 where the device has it."""
+    """For a generator on the meta device, in bfloat16 where the device has it.
+
+    Args:
+        net: the generator.
+        device: to draw on.
+        images: in the batch.
+        guided: see :class:`SamplingPlan`.
+        usable: bytes of the device.
+        tokenizer_bytes: weights of the tokenizer.
+        decoder_bytes: activations of its decoder, see :func:`smalto.planning.step.decoding_bytes`.
+    """
     itemsize = 2 if device.bf16 and device.kind == "cuda" else 4
     shape = GPTShape.of(net)
     rows = images * (2 if guided else 1)
@@ -46,20 +60,15 @@ def plan_sampling(
     peak = 1e12 * (device.half_tflops if itemsize == 2 else device.fp32_tflops)
     read = packed + rows * position * (shape.prefix + shape.num_codes / 2)
     step = max(read / (device.bandwidth_gb_s * 1e9), images * flops / shape.num_codes / peak)
+    working = max(images * each, decoder_bytes)
     return SamplingPlan(
         guided=guided,
         images=images,
         flops_per_image=flops,
         cache_bytes=rows * position * shape.positions,
-        total_bytes=stored + images * each,
-        largest_batch=max(0, int((usable - stored) // each)),
+        working_bytes=working,
+        packed_bytes=packed,
+        total_bytes=stored + working,
+        largest_batch=max(0, int((usable - stored) // each)) if stored + decoder_bytes <= usable else 0,
         seconds=step * shape.num_codes,
-    )
-
-
-def describe(plan: SamplingPlan) -> str:
-    """One line."""
-    return (
-        f"{plan.images} images at once: {plan.total_bytes / GIB:.1f} GiB, cache {plan.cache_bytes / GIB:.2f} GiB; "
-        f"at least {plan.seconds:.1f} s; largest batch {plan.largest_batch}"
     )

@@ -154,6 +154,16 @@ def _tokenizer_step(task: TokenizerTask, images: int, autocast: Any, dtype: torc
             loss.backward()
 
 
+def decoding_bytes(tokenizer: Any, *, images: int, gpu: bool) -> int:
+    """What a tokenizer on the meta device holds beside its weights when it turns codes of ``images`` into pictures."""
+    mode = FakeTensorMode()
+    fake_weights(tokenizer, mode)
+    with mode, gpu_rules() if gpu else nullcontext(), torch.no_grad(), LiveBytes() as live:
+        rows, columns = tokenizer.code_shape[0]
+        tokenizer.eval().decode(torch.empty(images, rows * columns, dtype=torch.int64))
+    return live.peak
+
+
 def optimizer_bytes(task: Any, *, precision: str) -> int:
     """State that the optimizers of ``task`` keep: what they make in their first step on fake gradients."""
     mode = FakeTensorMode()
