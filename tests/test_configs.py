@@ -66,7 +66,7 @@ def test_sweep_composes(sweep):
     compose("train", [f"experiment={experiment}", f"sweep={sweep}", "run_dir=x"])
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "prepare", "extract", "inspect"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "prepare", "extract", "inspect", "plan"])
 def test_verb_composes(verb):
     assert_targets_exist(compose(verb))
 

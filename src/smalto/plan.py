@@ -156,6 +156,8 @@ def _check(settings: DictConfig) -> None:
         for name in ("image_kb", "crops", "sample_batch_size", "num_images", "price_per_hour")
         if settings[name] is not None and settings[name] <= 0
     ]
+    if settings.mfu is not None and not 0 < settings.mfu <= 1:
+        problems.append(f"plan.mfu is {settings.mfu}, must be above 0 and at most 1: the share of the peak it reaches")
     if not 0 <= settings.headroom < 1:
         problems.append(f"plan.headroom is {settings.headroom}, must be in [0, 1): a share of the device's memory")
     if problems:

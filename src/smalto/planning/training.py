@@ -111,8 +111,6 @@ def plan_time(
 ) -> Plan:
     """Seconds if all devices do the arithmetic at ``mfu`` of their peak; validation and pictures come on top."""
     share = MFU[kind] if mfu is None else mfu
-    if not 0 < share <= 1:
-        raise ValueError(f"plan.mfu is {share}, must be above 0 and at most 1: the share of the peak that is reached")
     rate = devices * share * device.peak_flops(precision)
     late: float = flops.get("training_adversarial", 0.0) if disc_start is not None else 0.0
     usual: float = late or flops.get("hardware") or flops["training"]
