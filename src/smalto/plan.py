@@ -65,6 +65,9 @@ def make_plan(config: DictConfig) -> Plan:
             f"data.batch_size={batch} cannot be divided among {devices} devices (trainer.devices x trainer.num_nodes); "
             "choose a multiple"
         )
+    strategy = _strategy(trainer["strategy"], devices)
+    if kind == "tokenizer" and strategy == "fsdp":
+        raise ValueError("strategy=fsdp shards transformers; train a tokenizer with strategy=ddp")
     frozen = _frozen(config)
     task = _outline(config, notes)
     tokens = task.net.num_codes if kind == "gpt" else sum(rows * columns for rows, columns in task.net.code_shape)
@@ -81,7 +84,7 @@ def make_plan(config: DictConfig) -> Plan:
         "overrides": list(HydraConfig.get().overrides.task),
         "device": asdict(device),
         "devices": devices,
-        "strategy": _strategy(trainer["strategy"], devices),
+        "strategy": strategy,
         "precision": precision,
         "batch_size": batch,
         "parameters": parameters,
