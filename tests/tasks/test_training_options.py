@@ -37,11 +37,11 @@ def weights_after(folder, *, trainer=None, batch_size=8, dropout=0.1, steps=3, *
     return task.net.state_dict()
 
 
-def assert_same(found, wanted):
-    """To a thousandth of a step: AdamW divides by the gradient's size, which magnifies rounding of tiny ones."""
+def assert_same(found, wanted, *, share=1e-3):
+    """To a share of a step: AdamW divides by the gradient's size, which magnifies rounding of tiny ones."""
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-3 * LEARNING_RATE, msg=name)
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=share * LEARNING_RATE, msg=name)
 
 
 FUSED = partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=[0.9, 0.95], fused=True)
@@ -132,7 +132,7 @@ def test_compile_is_asked_of_the_network(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_weights(tmp_path):
-    assert_same(weights_after(tmp_path, compile=True, dropout=0.0), weights_after(tmp_path, dropout=0.0))
+    assert_same(weights_after(tmp_path, compile=True, dropout=0.0), weights_after(tmp_path, dropout=0.0), share=1e-2)
 
 
 @pytest.mark.parametrize("option", ["loss_rows", "recompute_every"])
