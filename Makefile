@@ -2,6 +2,7 @@
 VENV  ?= .venv
 GPUS  ?= 8
 NODES ?= 1
+IMAGE ?= 256
 ARGS  ?=
 PIP_ARGS ?=
 
@@ -13,16 +14,19 @@ DATA   := $(OUT)/data
 
 # Threads that spin while they wait cost milliseconds per operation on a busy CPU; sleeping ones do not.
 export OMP_WAIT_POLICY ?= PASSIVE
-export SMALTO_LAUNCHED_AT := $(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check unit smoke bench format mlflow notebooks clean resume sample evaluate \
-	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl ablate-tokenizer sweep-scaling
+	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl train-3b \
+	train-t2i-xl-stage1 train-t2i-xl-stage2 ablate-tokenizer sweep-scaling
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  VENV=DIR (virtual environment), GPUS=N, NODES=N, ARGS=\"key=value ...\" (passed on to smalto)"
+	@echo "  VENV=DIR           virtual environment"
+	@echo "  ARGS=\"key=value\"  passed on to smalto, as many as you like"
+	@echo "  of train-*:        GPUS=N (of a machine; 8), NODES=N HEAD=HOST:PORT (machines, and the first one's address:"
+	@echo "                     the same command on each), IMAGE=256|384, DRY=1 (print the config and the plan, run nothing)"
 
 # --- set up -----------------------------------------------------------------------------------------
 
@@ -80,20 +84,46 @@ format: $(READY) ## let ruff rewrite the code
 	$(VENV)/bin/ruff check --fix src tests
 	$(VENV)/bin/ruff format src tests
 
-# --- the paper's models; DATA_DIR as in conf/data/imagenet*.yaml --------------------------------------
+# --- the paper's models with the authors' settings (conf/experiment, conf/recipe) -----------------------
+# One machine: Lightning starts a process per GPU. Several: torchrun does, on each; under srun, SLURM has done it.
 
-train-tokenizer-f16: $(READY) ## VQ-16 on ImageNet shards, GPUS devices
-	$(SMALTO) train experiment=tokenizer_f16 trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+ifneq ($(filter-out 1,$(NODES)),)
+ifndef SLURM_NTASKS
+START = $(VENV)/bin/torchrun --nnodes=$(NODES) --nproc_per_node=$(GPUS) --rdzv_backend=c10d --rdzv_id=smalto \
+  --rdzv_endpoint=$(or $(HEAD),$(error NODES=$(NODES) needs HEAD=HOST:PORT of the first machine, the same on each)) \
+  -m smalto
+endif
+endif
+START ?= $(SMALTO)
+DEVICES = trainer.devices=$(GPUS) trainer.num_nodes=$(NODES)
+ifdef DRY
+train = $(SMALTO) train $(1) $(DEVICES) $(ARGS) --cfg job --resolve && $(SMALTO) plan $(1) $(DEVICES) $(ARGS)
+else
+train = $(START) train $(1) $(DEVICES) $(ARGS)
+endif
 
-train-tokenizer-f8: $(READY) ## VQ-8 on ImageNet shards, GPUS devices
-	$(SMALTO) train experiment=tokenizer_f8 trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+train-tokenizer-f16: $(READY) ## VQ-16 on ImageNet
+	$(call train,experiment=tokenizer_f16)
 
-train-b: $(READY) ## GPT-B, 111M, on ImageNet codes, GPUS devices
+train-tokenizer-f8: $(READY) ## VQ-8 on ImageNet
+	$(call train,experiment=tokenizer_f8)
+
+train-b: $(READY) ## GPT-B, 111M, on ImageNet codes
 train-l: $(READY) ## GPT-L, 343M
-train-xl: $(READY) ## GPT-XL, 775M
-train-xxl: $(READY) ## GPT-XXL, 1.4B
-train-b train-l train-xl train-xxl: train-%:
-	$(SMALTO) train experiment=c2i_256 model=$* trainer.devices=$(GPUS) trainer.num_nodes=$(NODES) $(ARGS)
+train-xl: $(READY) ## GPT-XL, 775M; the authors used 16 GPUs
+train-b train-l train-xl: train-%:
+	$(call train,experiment=c2i_$(IMAGE) model=$*)
+
+train-xxl: $(READY) ## GPT-XXL, 1.4B, sharded; 32 GPUs
+train-3b: $(READY) ## GPT-3B, 3.1B, sharded; 32 GPUs
+train-xxl train-3b: train-%:
+	$(call train,experiment=c2i_$(IMAGE) model=$* strategy=fsdp)
+
+train-t2i-xl-stage1: $(READY) ## GPT-XL on texts, 256 px
+	$(call train,experiment=t2i_stage1)
+
+train-t2i-xl-stage2: $(READY) ## the same at 512 px; ARGS="init_from=CHECKPOINT" of stage 1
+	$(call train,experiment=t2i_stage2)
 
 ablate-tokenizer: $(READY) ## one demo tokenizer per named change, compared in MLflow
 	$(SMALTO) train -m experiment=demo_tokenizer name=ablate_tokenizer \
@@ -104,7 +134,7 @@ sweep-scaling: $(READY) ## laptop-sized generators of growing size on the demo's
 
 # --- using what was trained ---------------------------------------------------------------------------
 
-resume: $(READY) ## RUN=outputs/...: continue a run with its own config
+resume: $(READY) ## RUN=outputs/...: continue a run, or a sweep, by its folder
 	$(SMALTO) resume $(RUN)
 
 sample: $(READY) ## CKPT=...: sheet, pictures, npz

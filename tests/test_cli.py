@@ -118,9 +118,18 @@ def test_sweep_runs_two_jobs_in_two_folders(home):
     plain = [argument for argument in TINY_GPT if not argument.startswith("callbacks.")]
     smalto(home, "train", "-m", *plain, "callbacks=none", "name=two_seeds", "seed=1,2")
     folders = sorted(path for path in (home / "outputs/sweeps/two_seeds").glob("*/*") if path.is_dir())
-    assert [folder.name for folder in folders] == ["0-two_seeds-nano-s1", "1-two_seeds-nano-s2"]
+    assert [folder.name for folder in folders] == ["seed-1", "seed-2"]
     losses = {json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in folders}
     assert len(losses) == 2
+
+    from smalto.analysis.runs import SWEEP_TAG, client
+
+    store = client(f"sqlite:///{home}/outputs/mlflow.db")
+    runs = store.search_runs([store.get_experiment_by_name("two_seeds").experiment_id])
+    parent = next(run.info for run in runs if SWEEP_TAG in run.data.tags)
+    assert parent.status == "FINISHED"
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
+    assert sorted(run.data.params["seed"] for run in children) == ["1", "2"]
 
 
 def test_resume_continues_a_run_by_its_folder_alone(home):

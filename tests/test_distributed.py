@@ -1,4 +1,4 @@
-"""Two processes on the CPU: the same training as one process, started by the same command."""
+"""Two processes on the CPU: the same training as one process, started by torchrun or by Lightning."""
 
 import json
 import os
@@ -52,9 +52,13 @@ TOKENIZER = [
 ]
 
 
-def metrics(folder, *arguments: str) -> dict[str, float]:
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+def metrics(folder, *arguments: str, launcher: list[str] | None = None) -> dict[str, float]:
     environment = {**os.environ, "SMALTO_OUTPUTS": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "smalto", "train", f"hydra.run.dir={folder}", *arguments]
+    environment.pop("SMALTO_LAUNCHED_AT", None)
+    command = [sys.executable, *(launcher or []), "-m", "smalto", "train", *arguments]
     # a session of its own: if a rank hangs, all of them are killed
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -65,16 +69,19 @@ def metrics(folder, *arguments: str) -> dict[str, float]:
         os.killpg(process.pid, 9)
         raise
     assert process.returncode == 0, text[-3000:]
-    return json.loads((folder / "metrics.json").read_text())
+    runs = list(folder.glob("train/*"))
+    assert len(runs) == 1, "processes of one run must agree on its folder"
+    assert (runs[0] / "config.yaml").exists()
+    return json.loads((runs[0] / "metrics.json").read_text())
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
     one = metrics(tmp_path / "one", *GPT)
-    two = metrics(tmp_path / "two", *GPT, "strategy=ddp", "trainer.devices=2")
+    two = metrics(tmp_path / "two", *GPT, "strategy=ddp", "trainer.devices=2", launcher=TORCHRUN)
     # the sum over the batch is taken in another order
     assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-5)
     assert two["val/accuracy"] == pytest.approx(one["val/accuracy"], abs=1e-6)
-    assert len(list((tmp_path / "two/checkpoints").glob("step_*"))) == 1
+    assert len(list((tmp_path / "two").glob("train/*/checkpoints/step_*"))) == 1
 
 
 def test_discriminator_that_starts_late_runs_under_ddp(tmp_path):

@@ -1,4 +1,4 @@
-"""``smalto resume RUN``: continue a training run by the config in its own folder."""
+"""``smalto resume FOLDER``: continue a training run, or a sweep, by what lies in its own folder."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalto import train
 from smalto.runtime import USER_ERRORS, fail, mark_launch, setup_logging
+from smalto.sweeps.sweep import again, is_sweep
 
 
 def run(folder: Path) -> dict[str, float]:
@@ -33,8 +34,12 @@ def main() -> None:
     setup_logging()
     try:
         if len(sys.argv) != 2:
-            raise ValueError("give one folder of a run: smalto resume outputs/...")
-        run(Path(sys.argv[1]))
+            raise ValueError("give one folder of a run or a sweep: smalto resume outputs/...")
+        folder = Path(sys.argv[1])
+        if is_sweep(folder):
+            again(folder)
+        else:
+            run(folder)
     except (*USER_ERRORS, KeyboardInterrupt) as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise

@@ -8,7 +8,8 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from smalto import __version__
+from smalto.sweeps.jobs import WRONG_SETTINGS as USER_ERRORS
+from smalto.sweeps.jobs import run_job
+from smalto.sweeps.names import current_job_name
+from smalto.sweeps.sweep import reported
 
 log = logging.getLogger(__name__)
-
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
-"""What a wrong setting, a missing file or a full disk raises: told in one message, without a traceback."""
 
 
 def conf_dir() -> str:
@@ -43,14 +44,32 @@ def raster_shape(image_size: int, channel_multipliers: list[int]) -> ListConfig:
 
 
 def register_resolvers() -> None:
-    """``${raster_shape:image_size,multipliers}`` and ``${abspath:path}`` for configs."""
+    """``${raster_shape:image_size,multipliers}``, ``${abspath:path}`` and ``${job_name:}`` for configs."""
     OmegaConf.register_new_resolver("raster_shape", raster_shape, replace=True)
     OmegaConf.register_new_resolver("abspath", os.path.abspath, replace=True)
+    OmegaConf.register_new_resolver("job_name", current_job_name, replace=True)
 
 
 def mark_launch() -> None:
     """Fix the time stamp of run folders once: processes that Lightning starts for other devices inherit it."""
-    os.environ.setdefault("SMALTO_LAUNCHED_AT", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    if "SMALTO_LAUNCHED_AT" not in os.environ:
+        os.environ["SMALTO_LAUNCHED_AT"] = launch_stamp()
+
+
+def launch_stamp() -> str:
+    """Now, to the second; the same in all processes of a job that someone else started.
+
+    Under torchrun the first process to ask decides, through the store that torchrun keeps. Under SLURM it is the
+    number of job and step: a job that is queued again finds its folder.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*place, is_master=False, timeout=timedelta(minutes=5))
+        return store.compare_set("smalto/launched_at", "", now).decode()
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return now
 
 
 def keep_freed_memory() -> None:
@@ -84,37 +103,59 @@ def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
     return config
 
 
-def hydra_main(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Make a command of a function of a config: composes ``conf/NAME.yaml``, reports errors in one message."""
+class Command:
+    """What Hydra runs: a function of a config, with errors in one message; in a sweep, the process of a job.
+
+    It names its function instead of holding it: processes that only launch jobs load nothing of what they do.
+
+    Args:
+        verb: of the command, and the name of its config.
+        function: at the top of its module.
+    """
+
+    def __init__(self, verb: str, function: Callable[[DictConfig], Any]) -> None:
+        self.verb = verb
+        self.__module__ = function.__module__  # from which Hydra names the job
+        spec = sys.modules[function.__module__].__spec__  # under python -m the module is called __main__
+        self.module = spec.name if spec is not None else function.__module__
+        self.function = function.__name__
+
+    def __call__(self, config: DictConfig) -> Any:
+        """Run it."""
+        setup_logging()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(self.module, config)
+        if self.verb in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
+            keep_freed_memory()
+        try:
+            return getattr(import_module(self.module), self.function)(config)
+        except (*USER_ERRORS, KeyboardInterrupt) as error:
+            if "HYDRA_FULL_ERROR" in os.environ:
+                raise
+            fail(self.verb, error)
+
+
+def hydra_main(verb: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a command of a function of a config: composes ``conf/VERB.yaml``, runs a sweep with ``-m``."""
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @functools.wraps(function)
-        def task(config: DictConfig) -> Any:
-            setup_logging()
-            if name in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
-                keep_freed_memory()
-            try:
-                return function(config)
-            except (*USER_ERRORS, KeyboardInterrupt) as error:
-                if "HYDRA_FULL_ERROR" in os.environ:
-                    raise
-                if config.get("sweep") is not None or _in_multirun():
-                    raise  # the sweep goes on and reports at its end
-                fail(name, error)
-
         @functools.wraps(function)
         def command() -> None:
             register_resolvers()
             mark_launch()
-            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+            task = Command(verb, function)
+            with reported(task.module):
+                hydra.main(version_base="1.3", config_path=conf_dir(), config_name=verb)(task)()
 
         return command
 
     return decorate
 
 
-def _in_multirun() -> bool:
-    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
+def cause(error: BaseException) -> BaseException:
+    """What a constructor found wrong, without Hydra's words around it."""
+    wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, OSError))
+    return error.__cause__ or error if wrapped else error
 
 
 def fail(verb: str, error: BaseException) -> None:
@@ -122,8 +163,7 @@ def fail(verb: str, error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write(f"\nsmalto {verb}: interrupted; the same command continues where it was\n")
         sys.exit(130)
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, OSError)):
-        error = error.__cause__
+    error = cause(error)
     message = str(error) or type(error).__name__
     sys.stderr.write(f"\nsmalto {verb}: {message}\n(HYDRA_FULL_ERROR=1 shows where)\n")
     sys.exit(1)

@@ -14,7 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, newest_checkpoint
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
+from smalto.data.ranks import leads
+from smalto.preflight import preflight
 from smalto.runtime import build, hydra_main, setup_logging
+from smalto.sweeps.names import PARENT
 from smalto.tasks.checkpoint import start_from
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ def run(config: DictConfig) -> dict[str, float]:
     if finished is not None:
         log.info("%s is finished already (overwrite=true trains anew)", folder)
         return finished
+    preflight(plain)
     follow_parent(folder)
     setup_logging(folder / "train.log")
     L.seed_everything(plain["seed"], workers=True, verbose=False)
@@ -51,9 +55,10 @@ def run(config: DictConfig) -> dict[str, float]:
         default_root_dir=str(folder),
         enable_checkpointing=saves,
     )
-    checkpoint = (
-        newest_checkpoint(folder / "checkpoints") if plain["ckpt_path"] in (None, "last") else plain["ckpt_path"]
-    )
+    checkpoint = plain["ckpt_path"]
+    if checkpoint in (None, "last"):
+        # With overwrite, the first of several processes is about to remove what others may still see.
+        checkpoint = None if plain["overwrite"] else newest_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("continuing from %s", checkpoint)
     elif plain["init_from"] is not None:
@@ -85,7 +90,8 @@ def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None
     A run that saved nothing, because it failed early, leaves its folder free.
     """
     done, config_file = folder / "metrics.json", folder / "config.yaml"
-    if plain["overwrite"] or "LOCAL_RANK" in os.environ or not config_file.exists():
+    started_by_lightning = "LOCAL_RANK" in os.environ and "RANK" not in os.environ  # after the first one looked
+    if plain["overwrite"] or started_by_lightning or not config_file.exists():
         return None
     if not done.exists() and newest_checkpoint(folder / "checkpoints") is None:
         return None
@@ -100,7 +106,7 @@ def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None
 
 def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder this run's, before anything is trained."""
-    if "LOCAL_RANK" in os.environ:
+    if not leads():
         return
     if plain["overwrite"]:
         for old in (folder / "metrics.json", folder / "mlflow_run_id"):
@@ -118,13 +124,15 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def reopen(folder: Path, node: DictConfig) -> Any:
-    """Build a logger; a continued run goes on in the MLflow run it began."""
+    """Build a logger; a continued run goes on in the MLflow run it began, a job of a sweep is a child of its."""
     memory = folder / "mlflow_run_id"
     if not node["_target_"].endswith("MLFlowLogger"):
         return build(node)
     logger: MLFlowLogger = build(node, run_id=memory.read_text().strip() if memory.exists() else None)
-    if "LOCAL_RANK" not in os.environ:
+    if leads():
         write_atomically(memory, f"{logger.run_id}\n")
+        if PARENT in os.environ:
+            logger.experiment.set_tag(logger.run_id, "mlflow.parentRunId", os.environ[PARENT])
     return logger
 
 
@@ -134,6 +142,11 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def finished(plain: dict[str, Any]) -> dict[str, float] | None:
+    """Metrics of the run that a resolved config describes, if it is over: a sweep asks, and does not run it again."""
+    return check_folder(Path(plain["run_dir"]), plain)
 
 
 main = hydra_main("train")(run)

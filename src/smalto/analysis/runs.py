@@ -13,6 +13,10 @@ WORDS = {"True": True, "False": False, "None": None}
 """MLflow stores parameters as Python prints them."""
 
 
+SWEEP_TAG = "smalto.sweep_folder"
+"""On the parent run of a sweep, which trained nothing itself."""
+
+
 def client(tracking_uri: str) -> MlflowClient:
     """A client for a tracking store; the folder of an sqlite file is made if missing."""
     if tracking_uri.startswith("sqlite:///"):
@@ -59,7 +63,7 @@ def runs_table(tracking_uri: str, experiments: list[str] | None = None, *, step_
         experiments: names; None takes all.
         step_of: a metric; column ``step`` is then where each run logged it last. One request per run that has it.
 
-    Parameters that are numbers, lists, booleans or None come back as such.
+    Parents of sweeps are left out. Parameters that are numbers, lists, booleans or None come back as such.
     """
     store = client(tracking_uri)
     known = {e.experiment_id: e.name for e in store.search_experiments()}
@@ -69,6 +73,8 @@ def runs_table(tracking_uri: str, experiments: list[str] | None = None, *, step_
     while wanted:
         page = store.search_runs(wanted, page_token=token, max_results=1000)
         for run in page:
+            if SWEEP_TAG in run.data.tags:
+                continue
             row = {
                 "run_id": run.info.run_id,
                 "experiment": known[run.info.experiment_id],

@@ -12,6 +12,15 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for others; a rank that fails is noticed by torchrun, which ends all."""
 
 
+def leads() -> bool:
+    """Whether this process is the first of its job, by the environment: torchrun, SLURM or Lightning started it.
+
+    Known before there is a process group, so that the first can prepare what the others find.
+    """
+    ranks = ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
 class Ranks:
     """Context of a job started by ``torchrun``, or of one process alone.
 

@@ -1,0 +1,100 @@
+"""What a training needs from this machine, looked at in seconds: before models, databases and other processes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def preflight(plain: dict[str, Any]) -> None:
+    """Stop a training that cannot run here.
+
+    Args:
+        plain: the resolved config.
+
+    Raises:
+        ValueError: something is missing: for each what, the rule, and a command that helps.
+    """
+    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain))]
+    if problems:
+        raise ValueError("\n\n".join(problems))
+
+
+def devices(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """GPUs that are asked for and not here."""
+    trainer = plain["trainer"]
+    if trainer["accelerator"] not in ("gpu", "cuda"):
+        return
+    here, wanted = torch.cuda.device_count(), trainer["devices"]
+    if not here:
+        yield (
+            f"no GPU here (trainer.accelerator={trainer['accelerator']})",
+            "this preset trains on GPUs: start it where there are some",
+            "to run it on the CPU all the same: "
+            "trainer.accelerator=cpu trainer.devices=1 trainer.precision=32-true strategy=auto",
+        )
+    elif isinstance(wanted, int) and wanted > here:
+        yield (
+            f"{here} GPU(s) here, trainer.devices is {wanted}",
+            "trainer.devices counts the GPUs of one machine, trainer.num_nodes the machines",
+            f"trainer.devices={here} (make: GPUS={here}); the batch is global and stays what it is",
+        )
+
+
+def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Files and folders that are named and not here, in the order in which they are made."""
+    task, data = plain["task"], plain["data"]
+    generation = (plain.get("callbacks") or {}).get("generation") or {}
+    images = generation.get("reference") if generation.get("_target_") else None
+    if images and not generation.get("reference_file") and missing(images.get("path")):
+        yield (
+            f"no images at {images['path']} (callbacks.generation.reference.path)",
+            "FID compares samples with real images; callbacks=_common trains without it",
+            prepare(images),
+        )
+    tokenizer = task.get("tokenizer_ckpt")
+    if missing(tokenizer):
+        yield (
+            f"no checkpoint at {tokenizer} (task.tokenizer_ckpt)",
+            "the tokenizer that wrote the codes turns samples into pictures; task.tokenizer_ckpt=null does without",
+            f"smalto train experiment=tokenizer_f16, or the authors': smalto convert in=vq_ds16_c2i.pt out={tokenizer}",
+        )
+    if missing(data.get("path")):
+        codes = data["_target_"].endswith("CodeShards")
+        yield (
+            f"no {'code' if codes else 'image'} shards at {data['path']} (data.path)",
+            "training reads shards that smalto has written",
+            extract(plain) if codes else prepare(data),
+        )
+    for key, rule, command in (
+        ("init_from", "the run starts with the weights of this checkpoint", "init_from=FILE"),
+        ("ckpt_path", "the run goes on from this checkpoint", "ckpt_path=last takes the newest of the run folder"),
+    ):
+        if plain[key] != "last" and missing(plain[key]):
+            yield f"no checkpoint at {plain[key]} ({key})", rule, command
+
+
+def missing(path: Any) -> bool:
+    """Whether ``path`` names one local file or folder that is not there; patterns and addresses are not looked at."""
+    if not isinstance(path, str) or "://" in path or "::" in path or set(path) & set("*?[{"):
+        return False
+    return not Path(path).exists()
+
+
+def prepare(images: dict[str, Any]) -> str:
+    """The command that makes image shards."""
+    if Path(images["path"]).name == "fashion_mnist":
+        return f"smalto prepare source=fashion_mnist out={images['path']} resize=pad image_size={images['image_size']}"
+    return f"smalto prepare source=folder source.path=PICTURES out={images['path']} encoding=jpg"
+
+
+def extract(plain: dict[str, Any]) -> str:
+    """The command that makes the code shards."""
+    data = plain["data"]
+    tokenizer = plain["task"].get("tokenizer_ckpt") or "CHECKPOINT"
+    crops = "crops=center text=FEATURES" if data.get("condition") == "text" else "crop_range=[1.1,1.05]"
+    return (
+        f"smalto extract tokenizer_ckpt={tokenizer} data.path=IMAGE_SHARDS out={data['path']} "
+        f"image_size={plain['image_size']} {crops}"
+    )

@@ -1,0 +1,197 @@
+"""One job of a sweep: a process of its own, with its log and its record.
+
+A process each, whatever the launcher: nothing leaks from one job to the next, a job that is killed takes no other
+along, several GPUs work as in a single run, and the GPUs of a job are fixed before anything looks for them.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smalto.data.ranks import leads
+from smalto.data.write import write_bytes, write_json
+from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
+from smalto.sweeps.table import ENDED
+
+log = logging.getLogger(__name__)
+
+RECORD, LOG = "job.json", "job.log"
+"""Files in the folder of a job; ``job.yaml`` is its config."""
+WRONG_SETTINGS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""What a wrong setting, a missing file or a full disk raises: told in one message, without a traceback."""
+PATIENCE = 60.0
+"""Seconds that an interrupted job has to save."""
+MAIN_METRICS = ("val/loss", "val/psnr")
+"""What a table shows of a job: the first of these that it measured."""
+
+
+def run_job(module: str, config: DictConfig) -> dict[str, Any]:
+    """Run what Hydra is about to run, unless it is finished; returns its record, whatever happens to it.
+
+    Args:
+        module: whose ``run(config)`` it is. If it has ``finished(config)``, that tells what a job that ended before
+            measured, from its resolved config; else the job runs again.
+        config: of the job.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    before = read_record(folder) or {}
+    record: dict[str, Any] = {
+        "job": hydra.job.num,
+        "name": folder.name,
+        "overrides": list(hydra.overrides.task),
+        "status": "running",
+        "log": str(folder / LOG),
+    }
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        metrics = None
+        if before.get("status") in ENDED:
+            finished = getattr(import_module(module), "finished", None)
+            metrics = finished(plain) if finished is not None else None
+        if metrics is not None:
+            record |= {"status": "kept", "seconds": before.get("seconds"), **main_metric(metrics)}
+            log.info("job %s is finished already", folder.name)
+        else:
+            echo = hydra.launcher._target_.endswith("BasicLauncher")
+            share = hydra.launcher._target_.endswith("JoblibLauncher")
+            record = start(module, folder, plain, record, echo=echo, share=share)
+    except WRONG_SETTINGS as error:
+        record |= {"status": "failed", "error": one_line(error)}
+        with (folder / LOG).open("a") as file:
+            file.write(f"{error}\n")
+    if leads():
+        write_record(folder, record)
+    if record["status"] == "failed":
+        log.error("job %s failed: %s\n  log: %s", folder.name, record["error"], record["log"])
+    return record
+
+
+def start(
+    module: str, folder: Path, plain: dict[str, Any], record: dict[str, Any], *, echo: bool, share: bool
+) -> dict[str, Any]:
+    """Run a job in a process and wait for it; returns the record as it then is.
+
+    Args:
+        module: whose ``run(config)`` it is.
+        folder: of the job, with its config.
+        plain: its resolved config.
+        record: so far.
+        echo: show its messages here too.
+        share: jobs run side by side on this machine, so each takes GPUs of its own.
+    """
+    visible = visible_devices() if share else []
+    environment = dict(os.environ)
+    stem = "job" if leads() else f"job.rank{os.environ['SLURM_PROCID']}"  # a scheduler may start several for one job
+    log_file, config_file = folder / f"{stem}.log", folder / f"{stem}.yaml"
+    write_bytes(config_file, OmegaConf.to_yaml(plain).encode())
+    with claimed(devices_wanted(plain, len(visible)) if visible else 0, visible) as (devices, files):
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            record = record | {"devices": devices}
+        if leads():
+            write_record(folder, record)
+        log.info("job %s started; log: %s", folder.name, log_file)
+        began = time.monotonic()
+        command = [sys.executable, "-m", "smalto.sweep_job", module, str(config_file)]
+        try:
+            code = wait_for(command, environment, log_file, files, echo=echo)
+        finally:
+            seconds = round(time.monotonic() - began, 1)
+            if leads():
+                record = (read_record(folder) or record) | {"seconds": seconds}
+                write_record(folder, record)
+    if not leads():
+        return record
+    if record["status"] == "running":  # it could not say what happened to it
+        record |= {"status": "failed", "error": how_it_ended(code)}
+    if record["status"] == "finished":
+        log.info("job %s finished in %.0f s, %s %s", folder.name, seconds, record.get("metric"), record.get("value"))
+    return record
+
+
+def wait_for(command: list[str], environment: dict[str, str], log_file: Path, files: list[int], *, echo: bool) -> int:
+    """Run a command to its end and append what it says to ``log_file``; returns its exit code.
+
+    Ctrl-C is passed on once and waited for: the job saves. It does not get the terminal's own, which would be a second
+    one that means "at once".
+    """
+    with log_file.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=files,
+        )
+        assert process.stdout is not None
+        reader = Thread(target=copy, args=(process.stdout, [file, *([sys.stderr.buffer] if echo else [])]), daemon=True)
+        reader.start()
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(PATIENCE)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.kill()
+            raise
+        finally:
+            reader.join(timeout=5)  # other processes of a job that died may hold its output open
+
+
+def copy(source: IO[bytes], targets: list[IO[bytes]]) -> None:
+    """Pass on line by line."""
+    for line in source:
+        for target in targets:
+            target.write(line)
+            target.flush()
+
+
+def how_it_ended(code: int) -> str:
+    """Words for the exit code of a process that left no message."""
+    if code >= 0:
+        return f"ended with exit code {code} and no message"
+    name = signal.Signals(-code).name
+    return f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error that says something, with its type if that is no wrong setting."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        text = f"{text} ({error.full_key})"
+    return text if text and isinstance(error, WRONG_SETTINGS) else f"{type(error).__name__}: {text}"
+
+
+def main_metric(result: Any) -> dict[str, Any]:
+    """``metric`` and ``value`` of what a job returned, for the table; nothing if it measured nothing."""
+    numbers = {k: v for k, v in result.items() if isinstance(v, float)} if isinstance(result, dict) else {}
+    best = next((key for key in (*MAIN_METRICS, *numbers) if key in numbers), None)
+    return {} if best is None else {"metric": best, "value": numbers[best]}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What is known of the job in ``folder``; None if it never began."""
+    file = folder / RECORD
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Keep what is known of a job."""
+    write_json(folder / RECORD, record)
