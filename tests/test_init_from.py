@@ -6,7 +6,7 @@ import torch
 from official_files import saved, tiny_gpt, tiny_tokenizer
 from smalto import convert, train
 from smalto.runtime import compose
-from smalto.tasks.checkpoint import read_checkpoint, start_from
+from smalto.tasks.checkpoint import network_state, read_checkpoint, start_from
 from tiny_tasks import make_gpt_task
 
 GPT = [
@@ -103,6 +103,18 @@ def test_a_continued_run_keeps_its_own_weights(tmp_path):
     (tmp_path / "run/metrics.json").unlink()  # as if killed before its end
     start.unlink()
     assert run(tmp_path / "run", GPT, f"init_from={start}")["val/loss"] == whole["val/loss"]
+
+
+def test_a_text_generator_goes_on_with_larger_images(tmp_path):
+    texts = ["conditioner=text", "data=synthetic_text", "model.conditioner.text_dim=8"]
+    texts += ["model.conditioner.num_tokens=4"]
+    run(tmp_path / "small", GPT, *texts)
+    start = tmp_path / "small/checkpoints/last.ckpt"
+    run(tmp_path / "large", GPT, *texts, "image_size=128", f"init_from={start}", "task.optimizer.lr=0")
+    found, given = weights_of(tmp_path / "large"), network_state(read_checkpoint(start), ema=True)
+    assert all(torch.equal(found[f"net.{name}"], value) for name, value in given.items())
+    config = read_checkpoint(tmp_path / "large/checkpoints/last.ckpt")["smalto"]["config"]
+    assert config["model"]["code_shape"] == [[16, 16]]
 
 
 def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path):

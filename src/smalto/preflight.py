@@ -67,11 +67,12 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             "training reads shards that smalto has written",
             extract(plain) if codes else prepare(data),
         )
+    begun = any((Path(plain["run_dir"]) / "checkpoints").glob("step_*"))  # its own weights count, init_from no more
     for key, rule, command in (
         ("init_from", "the run starts with the weights of this checkpoint", "init_from=FILE"),
         ("ckpt_path", "the run goes on from this checkpoint", "ckpt_path=last takes the newest of the run folder"),
     ):
-        if plain[key] != "last" and missing(plain[key]):
+        if plain[key] != "last" and missing(plain[key]) and not (begun and key == "init_from"):
             yield f"no checkpoint at {plain[key]} ({key})", rule, command
 
 

@@ -14,7 +14,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smalto.data.ranks import leads
 from smalto.data.write import write_bytes, write_json
 from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
+from smalto.sweeps.names import STOP
 from smalto.sweeps.table import ENDED
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def run_job(module: str, config: DictConfig) -> dict[str, Any]:
     }
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        if (folder.parent / STOP).exists():
+            return before
         metrics = None
         if before.get("status") in ENDED:
             finished = getattr(import_module(module), "finished", None)
@@ -67,7 +70,7 @@ def run_job(module: str, config: DictConfig) -> dict[str, Any]:
             log.info("job %s is finished already", folder.name)
         else:
             echo = hydra.launcher._target_.endswith("BasicLauncher")
-            share = hydra.launcher._target_.endswith("JoblibLauncher")
+            share = hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher"))
             record = start(module, folder, plain, record, echo=echo, share=share)
     except WRONG_SETTINGS as error:
         record |= {"status": "failed", "error": one_line(error)}
@@ -124,43 +127,59 @@ def start(
 
 
 def wait_for(command: list[str], environment: dict[str, str], log_file: Path, files: list[int], *, echo: bool) -> int:
-    """Run a command to its end and append what it says to ``log_file``; returns its exit code.
+    """Run a command to its end, with what it says appended to ``log_file``; returns its exit code.
 
-    Ctrl-C is passed on once and waited for: the job saves. It does not get the terminal's own, which would be a second
-    one that means "at once".
+    The process writes the file itself: a pipe would break, and the job with it, if this process were killed.
+    Ctrl-C, and the sweep's wish to stop, are passed on once and waited for: the job saves. It does not get the
+    terminal's own, which would be a second one that means "at once".
     """
     with log_file.open("ab") as file:
+        begin = file.tell()
         process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=files,
         )
-        assert process.stdout is not None
-        reader = Thread(target=copy, args=(process.stdout, [file, *([sys.stderr.buffer] if echo else [])]), daemon=True)
+    reader = Thread(target=follow, args=(log_file, begin, process), daemon=True)
+    if echo:
         reader.start()
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+    told = False
+    try:
+        while True:
             try:
-                process.wait(PATIENCE)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.kill()
-            raise
-        finally:
-            reader.join(timeout=5)  # other processes of a job that died may hold its output open
+                return process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                if not told and (log_file.parent.parent / STOP).exists():
+                    process.send_signal(signal.SIGINT)
+                    told = True
+    except KeyboardInterrupt:
+        if not told:
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(PATIENCE)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+        raise
+    finally:
+        if echo:
+            reader.join(timeout=5)
 
 
-def copy(source: IO[bytes], targets: list[IO[bytes]]) -> None:
-    """Pass on line by line."""
-    for line in source:
-        for target in targets:
-            target.write(line)
-            target.flush()
+def follow(log_file: Path, begin: int, process: subprocess.Popen) -> None:
+    """Show what is appended to a file after ``begin`` while a process runs."""
+    with log_file.open("rb") as file:
+        file.seek(begin)
+        while True:
+            over = process.returncode is not None  # asked before reading, so that nothing said last is missed
+            sys.stderr.buffer.write(file.read())
+            sys.stderr.flush()
+            if over:
+                return
+            time.sleep(0.2)
 
 
 def how_it_ended(code: int) -> str:

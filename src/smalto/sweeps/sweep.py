@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 from hydra.core.global_hydra import GlobalHydra
@@ -16,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.write import write_bytes, write_json
-from smalto.sweeps.jobs import read_record
-from smalto.sweeps.names import LAUNCHER_PID, SWEPT, job_name
+from smalto.sweeps.jobs import PATIENCE, read_record
+from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
 from smalto.sweeps.table import ENDED, sweep_report
 
 MEMORY = "sweep.json"
@@ -53,6 +56,16 @@ class Sweep:
             known = read_record(self.folder / name) or {"status": "not run", "name": name, "overrides": overrides}
             rows.append(known | {"job": number})
         return rows
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Answer Ctrl-C while others run the jobs: let them save first, as joblib kills what it has started."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr.write("\nstopping: running jobs save; once more to stop at once\n")
+        (self.folder / STOP).touch()
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and any(record["status"] == "running" for record in self.records()):
+            time.sleep(0.5)
+        raise KeyboardInterrupt
 
     def close(self, error: BaseException | None) -> int:
         """Print the table and end the parent run; returns the exit code.
@@ -103,7 +116,10 @@ def begin(config: DictConfig) -> Sweep:
     told = {"module": Sweep.module, "arguments": arguments, "cwd": os.getcwd()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MEMORY, told)
+    (folder / STOP).unlink(missing_ok=True)
     sweep = Sweep(folder, swept, planned)
+    if config.hydra.launcher._target_.endswith("JoblibLauncher"):
+        signal.signal(signal.SIGINT, sweep.stop)
     if (config.get("logger") or {}).keys():
         # Seconds of import, only where they are wanted.
         from smalto.sweeps.parent import ParentRun, mlflow_node
