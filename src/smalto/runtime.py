@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import inspect
 import logging
 import os
 import platform
@@ -128,7 +129,8 @@ class Command:
         if self.verb in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
             keep_freed_memory()
         try:
-            return getattr(import_module(self.module), self.function)(config)
+            # A function that was decorated has the command in its place by now.
+            return inspect.unwrap(getattr(import_module(self.module), self.function))(config)
         except (*USER_ERRORS, KeyboardInterrupt) as error:
             if "HYDRA_FULL_ERROR" in os.environ:
                 raise
