@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from smalto.data.ranks import leads
 from smalto.runtime import USER_ERRORS, cause, keep_freed_memory, setup_logging
 from smalto.sweeps.devices import locked
-from smalto.sweeps.jobs import PATIENCE, main_metric, one_line, read_record, write_record
+from smalto.sweeps.jobs import main_metric, one_line, read_record, write_record
 from smalto.sweeps.names import LAUNCHER_PID
+from smalto.sweeps.process import PATIENCE
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.write import write_bytes, write_json
-from smalto.sweeps.jobs import PATIENCE, read_record
+from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
+from smalto.sweeps.process import PATIENCE
 from smalto.sweeps.table import ENDED, sweep_report
 
 MEMORY = "sweep.json"
