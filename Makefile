@@ -71,11 +71,14 @@ check: $(READY) ## ruff, mypy, import rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# A process per core, one thread each: tests are small, threads would only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile
+
 unit: $(READY) ## unit tests
-	$(PY) -m pytest -m "not slow and not gpu and not chain"
+	$(PYTEST) -m "not slow and not gpu and not chain"
 
 smoke: $(READY) ## prepare, train, extract, train, sample, evaluate as commands, on tiny data
-	$(PY) -m pytest -m chain
+	$(PYTEST) -m chain
 
 bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
 	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)

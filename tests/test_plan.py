@@ -109,8 +109,9 @@ def test_time_and_cost_follow_from_the_arithmetic(planned):
         (["trainer.devices=3"], "data.batch_size=256"),
         (["device=v100_32"], "16-mixed"),
         (["trainer.precision=fp8"], "bf16-mixed"),
-        (["plan.device.memory_gib=0"], "memory_gib"),
+        (["devices.a100_80.memory_gib=0"], "memory_gib"),
         (["plan.crops=0"], "plan.crops"),
+        (["device=tpu"], "device is 'tpu', choose one of a10, a100_40"),
     ],
 )
 def test_what_is_wrong_is_said(planned, wrong, said):
@@ -119,10 +120,12 @@ def test_what_is_wrong_is_said(planned, wrong, said):
 
 
 def test_devices_agree_with_the_peaks_of_mfu():
-    for path in sorted((CONF / "device").glob("[!m]*.yaml")):
-        device = build(OmegaConf.load(path))
-        assert device.name == path.stem
-        assert device.half_tflops == NAMED_TFLOPS[path.stem.split("_")[0]]
+    devices = OmegaConf.load(CONF / "_devices.yaml").devices
+    assert len(devices) == 12
+    for name in set(devices) - {"measured"}:
+        device = build(devices[name])
+        assert device.name == name
+        assert device.half_tflops == NAMED_TFLOPS[name.split("_")[0]]
 
 
 def test_the_command_prints_a_table_and_writes_json(planned, tmp_path, capsys):
@@ -143,7 +146,7 @@ def test_samples_while_training_have_to_fit_too(planned):
     # weights twice (the average stands in), gradients, moments, average; the bfloat16 copy; 6.4 GiB of decoded pictures
     assert rows["ddp"]["while_sampling"] == pytest.approx(6 * state + 0.22 * GIB + 6.4 * GIB, rel=0.1)
     assert rows["ddp"]["while_sampling"] > rows["ddp"]["total"]
-    small = planned(*cpus, "callbacks.generation.batch_size=64", "plan.device.memory_gib=6")["memory"]["strategies"]
+    small = planned(*cpus, "callbacks.generation.batch_size=64", "devices.a100_80.memory_gib=6")["memory"]["strategies"]
     assert not small["ddp"]["fits"]
     assert small["ddp"]["smallest_devices"] is None
     assert small["ddp"]["largest_images_per_device"] == 0

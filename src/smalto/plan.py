@@ -53,7 +53,9 @@ def make_plan(config: DictConfig) -> Plan:
     """The plan as plain values."""
     settings, kind = config.plan, config.kind
     _check(settings)
-    device: Device = build(settings.device)
+    if config.device not in config.devices:
+        raise ValueError(f"device is {config.device!r}, choose one of {', '.join(config.devices)} (conf/_devices.yaml)")
+    device: Device = build(config.devices[config.device])
     notes: list[str] = []
     trainer: Any = OmegaConf.to_container(config.trainer, resolve=True)
     data: Any = OmegaConf.to_container(config.data, resolve=True)
@@ -209,7 +211,7 @@ def _outline(config: DictConfig, notes: list[str]) -> Any:
             node.task.compile = False
             notes.append("task.compile=true: memory is that of eager blocks, compiled ones keep less")
     elif node.get("perceptual"):
-        here = node.plan.device["_target_"].endswith("measured_device")
+        here = node.device == "measured"
         if node.perceptual.net == "auto":
             node.perceptual.net = "vgg" if not here or vgg_cache_path().is_file() else "squeeze_caffe"
             notes.append(f"perceptual=auto: planned with {node.perceptual.net}")

@@ -20,9 +20,9 @@ from tiny_tasks import make_gpt_task, make_tokenizer_task
 
 THIS_CPU = [
     "device=measured",
-    "plan.device.fp32_tflops=1",
-    "plan.device.half_tflops=1",
-    "plan.device.bandwidth_gb_s=1",
+    "devices.measured.fp32_tflops=1",
+    "devices.measured.half_tflops=1",
+    "devices.measured.bandwidth_gb_s=1",
 ]
 COMMON = [
     "data.num_train=32",

@@ -38,7 +38,7 @@ class Device:
     def __post_init__(self) -> None:
         for name in ("memory_gib", "fp32_tflops", "half_tflops", "bandwidth_gb_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"plan.device.{name} is {getattr(self, name)}, must be positive")
+                raise ValueError(f"devices.{self.name}.{name} is {getattr(self, name)}, must be positive")
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at best in a ``trainer.precision``.
