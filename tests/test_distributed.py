@@ -85,5 +85,5 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
 
 def test_discriminator_that_starts_late_runs_under_ddp(tmp_path):
-    found = metrics(tmp_path / "two", *TOKENIZER, "strategy=ddp_gan", "trainer.devices=2")
+    found = metrics(tmp_path / "two", *TOKENIZER, "strategy=ddp", "trainer.devices=2")
     assert "train/disc_loss" in found

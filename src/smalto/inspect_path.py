@@ -23,7 +23,8 @@ from smalto.data.shards import CODES
 from smalto.data.transforms import center_crop, to_uint8
 from smalto.runtime import hydra_main
 from smalto.sampling.sheet import image_sheet
-from smalto.tasks.checkpoint import CONFIG_KEY, EMA_KEY, load_tokenizer, read_checkpoint
+from smalto.tasks.checkpoint import EMA_KEY, about_run, load_tokenizer, read_checkpoint
+from smalto.tasks.sharded_folder import folder_bytes, is_folder, read_folder
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def run(config: DictConfig) -> Facts:
                 decoded_codes(config, path, meta) if meta["format"] == CODES else stored_images(config, path, meta)
             )
         checked = "every hash" if config.verify else "names and sizes (verify=true compares hashes)"
-    elif path.is_file():
+    elif path.is_file() or is_folder(path):
         facts, problems = checkpoint_facts(path, verify=config.verify)
         checked = "every weight is a finite number" if config.verify else "readable (verify=true reads all weights)"
     elif (path / "config.yaml").is_file():
@@ -72,15 +73,17 @@ def run(config: DictConfig) -> Facts:
 
 def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
     """Of a checkpoint file; problems: weights that are no finite numbers, with ``verify``."""
-    checkpoint = read_checkpoint(path)
-    about, state = checkpoint[CONFIG_KEY], checkpoint["state_dict"]
+    sharded = is_folder(path)
+    checkpoint = read_folder(path, wanted=lambda place: verify) if sharded else read_checkpoint(path)
+    about, state = about_run(checkpoint, path), checkpoint["state_dict"]
     sizes: dict[str, int] = {}
     for name, tensor in state.items():
         sizes[name.split(".")[0]] = sizes.get(name.split(".")[0], 0) + tensor.numel()
+    size = folder_bytes(path) if sharded else path.stat().st_size
     averaged = EMA_KEY in checkpoint.get("callbacks", {})
     facts = {
         "what": f"checkpoint of a {about['kind']}",
-        "file": f"{path.stat().st_size / 2**20:,.1f} MiB, smalto {about['version']}",
+        "folder" if sharded else "file": f"{size / 2**20:,.1f} MiB, smalto {about['version']}",
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "averaged weights": "yes" if averaged else "no",
@@ -94,7 +97,8 @@ def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
     problems = []
     if verify:
         broken = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-        facts["SHA-256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not sharded:
+            facts["SHA-256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         problems = [f"{len(broken)} tensors hold NaN or infinity, the first is {broken[0]}"] if broken else []
     return facts, problems
 

@@ -18,7 +18,7 @@ from smalto.data.ranks import leads
 from smalto.preflight import preflight
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
-from smalto.tasks.checkpoint import start_from
+from smalto.tasks.strategy import AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def run(config: DictConfig) -> dict[str, float]:
         logger=loggers,
         default_root_dir=str(folder),
         enable_checkpointing=saves,
+        plugins=[AnyCheckpoint()],
     )
     checkpoint = plain["ckpt_path"]
     if checkpoint in (None, "last"):
@@ -62,7 +63,7 @@ def run(config: DictConfig) -> dict[str, float]:
     if checkpoint:
         log.info("continuing from %s", checkpoint)
     elif plain["init_from"] is not None:
-        start_from(task, plain["init_from"], kind=plain["kind"])
+        task.init_from = plain["init_from"]
         log.info("starting with the weights of %s", plain["init_from"])
     try:
         with RankWatch(trainer, folder):

@@ -88,8 +88,10 @@ def training_rows(*, batch: int = 4, rounds: int = 9, peer: str | None = None) -
         return F.cross_entropy(model(codes, labels).float().flatten(0, 1), codes.flatten())
 
     def by_rows() -> torch.Tensor:
-        hidden = net.hidden(codes, labels).flatten(0, 1)
-        return linear_cross_entropy(hidden, net.output.weight, codes.flatten(), rows=512)
+        def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return linear_cross_entropy(hidden.flatten(0, 1), weight, codes.flatten(), rows=512)
+
+        return net.apply_head(codes, labels, head=loss)
 
     steps = {
         "ours eager": stepper(net, lambda: plain(net), bf16=bf16),

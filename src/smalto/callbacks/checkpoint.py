@@ -4,7 +4,10 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from types import FrameType
 from typing import Any
 from zipfile import is_zipfile
@@ -15,6 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from smalto.callbacks.agreement import Agreement
 from smalto.data.write import commit
+from smalto.tasks.sharded_folder import damage
+from smalto.tasks.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +32,8 @@ class LatestCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint saves wherever an exception happens to strike, in the middle of a step too (a
     generator that has stepped, a discriminator that has not), renames ``last`` after a resume, and has no save at
     the end of training. Here a signal is answered at the end of the running step, so what is saved is always a state
-    that an unbroken run passes through. A file is written under another name and renamed; older ones are
-    removed only after that.
+    that an unbroken run passes through. A file, or under ``strategy=fsdp`` a folder, is written under another name and
+    renamed once all of it is on the disk; older ones are removed only after that.
 
     Args:
         dirpath: folder of the checkpoints; ``last.ckpt`` there points to the newest.
@@ -46,6 +51,7 @@ class LatestCheckpoint(Checkpoint):
         self.keep = keep
         self._saved_step = -1
         self._agreement: Agreement | None = None
+        self._pending: Path | None = None
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -53,6 +59,9 @@ class LatestCheckpoint(Checkpoint):
         """Answer signals from here on."""
         self._saved_step = trainer.global_step
         self._agreement = Agreement()
+        if trainer.is_global_zero:
+            for leftover in self.folder.glob(f"*{UNFINISHED}"):
+                remove(leftover)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
@@ -67,12 +76,15 @@ class LatestCheckpoint(Checkpoint):
         # Ranks get signals at different steps; they must agree, or some would wait in a save that others never join.
         if self._agreement is not None and self._agreement.any(self._signal is not None):
             self.save(trainer)
+            self._finish(trainer)
             if self._signal == signal.SIGTERM:
                 raise SIGTERMException
             raise KeyboardInterrupt
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Save if the interval is full; stop if a signal came."""
+        if self._pending is not None and not _still_saving(trainer):
+            self._finish(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
         self._stop_if_asked(trainer)
@@ -87,6 +99,7 @@ class LatestCheckpoint(Checkpoint):
         if self._agreement is not None:
             self._agreement.answer()  # nobody leaves while a question is on its way
         self.save(trainer)
+        self._finish(trainer)
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -99,34 +112,80 @@ class LatestCheckpoint(Checkpoint):
         self._previous = {}
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the current step unless it is written already, then remove what is too old."""
+        """Write the current step unless it is written already, then remove what is too old.
+
+        A strategy that writes while training goes on is not waited for; the step counts as saved when it is done.
+        """
         step = trainer.global_step
         if step == self._saved_step:
             return
+        self._finish(trainer)
         path = self.folder / f"step_{step:08d}.ckpt"
+        with self._told(path):
+            trainer.save_checkpoint(path.with_suffix(UNFINISHED))
+        self._saved_step, self._pending = step, path
+        if not _still_saving(trainer):
+            self._finish(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        """Give the newest checkpoint its name, when it is on the disk."""
+        path, self._pending = self._pending, None
+        if path is None:
+            return
+        with self._told(path):
+            if isinstance(trainer.strategy, ShardedStrategy):
+                trainer.strategy.finish_saving()
+                trainer.strategy.barrier()  # every process has written
+            if trainer.is_global_zero:
+                self._commit(path)
+
+    def _commit(self, path: Path) -> None:
         unfinished = path.with_suffix(UNFINISHED)
+        # On the disk before the older one goes: a power cut leaves one of the two whole.
+        written = os.open(unfinished, os.O_RDONLY)
         try:
-            trainer.save_checkpoint(unfinished)
+            os.fsync(written)
+        finally:
+            os.close(written)
+        if path.is_dir() or unfinished.is_dir():
+            remove(path)  # a damaged one; nothing is renamed onto a folder
+        commit(unfinished, path)
+        link = self.folder / f"last{UNFINISHED}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(self.folder / "last.ckpt")
+        for old in step_checkpoints(self.folder)[: -self.keep] if self.keep else []:
+            remove(old)
+
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """Say in one message that ``path`` could not be written and what stays good."""
+        try:
+            yield
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            remove(path.with_suffix(UNFINISHED))
             newest = newest_checkpoint(self.folder)
             raise OSError(
                 f"could not write {path}: {error.strerror or error}; "
                 f"{f'{newest} stays good' if newest else 'nothing was saved yet'}: make room there and run the same "
                 "command again to go on"
             ) from error
-        if trainer.is_global_zero:
-            # On the disk before the older one goes: a power cut leaves one of the two whole.
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            commit(unfinished, path)
-            link = self.folder / f"last{UNFINISHED}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            link.replace(self.folder / "last.ckpt")
-            for old in step_checkpoints(self.folder)[: -self.keep] if self.keep else []:
-                old.unlink()
-        self._saved_step = step
+
+
+def _still_saving(trainer: L.Trainer) -> bool:
+    return isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.still_saving()
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder; of a folder that is half gone nobody takes the rest for a checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_suffix(UNFINISHED)
+        if doomed != path:
+            rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+        rmtree(doomed, ignore_errors=True)  # another process may be at it
+    else:
+        path.unlink(missing_ok=True)
 
 
 def step_checkpoints(folder: Path) -> list[Path]:
@@ -137,14 +196,14 @@ def step_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; a truncated one is passed over with a warning."""
     for path in reversed(step_checkpoints(folder)):
-        if is_zipfile(path) or path.is_dir():
+        problem = damage(path) if path.is_dir() else None if is_zipfile(path) else "truncated"
+        if problem is None:
             return path
-        log.warning("%s is damaged (truncated), using the one before", path)
+        log.warning("%s is damaged (%s), using the one before", path, problem)
     return None
 
 
 def discard_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a folder, for a run that starts anew."""
     for path in [*step_checkpoints(folder), *folder.glob(f"*{UNFINISHED}"), folder / "last.ckpt"]:
-        if path.is_symlink() or path.exists():
-            os.unlink(path)
+        remove(path)

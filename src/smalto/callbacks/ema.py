@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from smalto.tasks.checkpoint import EMA_KEY
 
@@ -59,8 +60,8 @@ class EMA(L.Callback):
         """One step of the average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         parameters = dict(net.named_parameters())
-        averages = list(self.shadow.values())
-        torch._foreach_lerp_(averages, [parameters[name].float() for name in self.shadow], 1 - decay)
+        averages = [_local(value) for value in self.shadow.values()]
+        torch._foreach_lerp_(averages, [_local(parameters[name]).float() for name in self.shadow], 1 - decay)
         self.num_updates += 1
 
     @torch.no_grad()
@@ -111,6 +112,11 @@ class EMA(L.Callback):
         """See :meth:`state_dict`."""
         self.num_updates = state_dict["num_updates"]
         self.shadow = state_dict["shadow"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def averaged_weights(trainer: Any, net: nn.Module) -> AbstractContextManager[None]:

@@ -66,13 +66,10 @@ class TextConditioner(nn.Module):
         self.drop_prob = drop_prob
         self.fc1 = nn.Linear(text_dim, dim, bias=False)
         self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.null_std = text_dim**-0.5
+        """Of the null features at the start, so that they have about unit length."""
         self.null_features = nn.Parameter(torch.empty(num_tokens, text_dim), requires_grad=train_null)
-        self.reset_null()
-
-    def reset_null(self) -> None:
-        """Standard normal features divided by the square root of their width."""
-        with torch.no_grad():
-            self.null_features.normal_(std=self.text_dim**-0.5)
+        nn.init.normal_(self.null_features, std=self.null_std)
 
     def forward(self, text: Tensor) -> Tensor:
         """Float (B, num_tokens, text_dim), left padded with zeros, to (B, num_tokens, dim)."""

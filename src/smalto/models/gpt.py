@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.nn.block import TransformerBlock
+from smalto.nn.initial import draw_normal
 from smalto.nn.kv_cache import KVCache
 from smalto.nn.norm import RMSNorm
 from smalto.nn.rope import axial_rope
@@ -116,15 +117,21 @@ class GPT(nn.Module):
         )
 
     def init_weights(self) -> None:
-        """Draw all parameters and rebuild the rotary table; a meta-device build needs it after ``to_empty``."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.init_std)
-            elif isinstance(module, RMSNorm):
+        """Draw all parameters and rebuild the rotary table; a meta-device build needs it after ``to_empty``.
+
+        One number is taken from the global generator; the rest follows from it and the parameters' names, see
+        :mod:`smalto.nn.initial`.
+        """
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        for prefix, module in self.named_modules():
+            if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        if isinstance(self.conditioner, TextConditioner):
-            self.conditioner.reset_null()
-        nn.init.zeros_(self.output.weight)
+            elif module is self.output:
+                nn.init.zeros_(self.output.weight)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                draw_normal(module.weight, std=self.init_std, seed=seed, name=f"{prefix}.weight")
+            elif isinstance(module, TextConditioner):
+                draw_normal(module.null_features, std=module.null_std, seed=seed, name=f"{prefix}.null_features")
         self.rope = self._rope_table().to(self.rope.device)
 
     def compile_blocks(self) -> None:
@@ -142,10 +149,28 @@ class GPT(nn.Module):
         Returns:
             (B, L, V), float32 outside autocast.
         """
-        return self.output(self.hidden(codes, condition, condition_mask))
+        return self.output(self._hidden(codes, condition, condition_mask))
 
-    def hidden(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
-        """What the output layer makes the logits of :meth:`forward` of, (B, L, dim): for losses without all logits."""
+    def apply_head(
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        condition_mask: Tensor | None = None,
+        *,
+        head: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """``head(hidden, weight)`` in place of the output layer, for losses that never hold all logits.
+
+        Args:
+            codes: as in :meth:`forward`, like the other conditions.
+            condition: see there.
+            condition_mask: see there.
+            head: of what the output layer would read, (B, L, dim), and its weight, (V, dim).
+        """
+        return head(self._hidden(codes, condition, condition_mask), self.output.weight)
+
+    def _hidden(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None) -> Tensor:
+        """What the output layer makes the logits of :meth:`forward` of, (B, L, dim)."""
         prefix = self.conditioner(condition)
         num_condition = prefix.shape[1]
         x = torch.cat([prefix, self.token_embedding(codes[:, :-1])], dim=1)

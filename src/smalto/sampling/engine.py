@@ -9,6 +9,7 @@ Legend: B batch, T positions, C width, H heads, D head size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from smalto.models.gpt import GPT
 from smalto.nn.block import TransformerBlock
 from smalto.nn.kv_cache import KVCache
 from smalto.nn.norm import RMSNorm
+from smalto.nn.whole import kept, one_by_one
 from smalto.sampling.autoregressive import NullCondition
 from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
 from smalto.tokenizers.precision import PRECISIONS
@@ -64,9 +66,9 @@ class _Layer:
         queries, others = attention.qkv.weight.detach().float().tensor_split([num_queries])
         queries = queries * attention.head_dim**-0.5  # the scale of attention scores
         self.qkv = _fold(block.attention_norm, [queries, others], dtype=dtype, rows=rows)
-        self.proj = packed_linear(attention.proj.weight, dtype=dtype, rows=rows)
+        self.proj = packed_linear(kept(attention.proj.weight, block), dtype=dtype, rows=rows)
         self.gate_up = _fold(block.ffn_norm, [ffn.gate.weight, ffn.up.weight], dtype=dtype, rows=rows)
-        self.down = packed_linear(ffn.down.weight, dtype=dtype, rows=rows)
+        self.down = packed_linear(kept(ffn.down.weight, block), dtype=dtype, rows=rows)
         self.attention_floor, self.ffn_floor = _norm_floor(block.attention_norm), _norm_floor(block.ffn_norm)
 
 
@@ -108,7 +110,8 @@ class DecodeEngine:
         self.dtype = resolve_dtype(dtype, weight.device, packed=rows is not None)
         in_bf16 = self.dtype == "bf16" or (self.dtype == "int8" and weight.device.type == "cuda")
         self.compute = torch.bfloat16 if in_bf16 else torch.float32
-        self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in model.blocks]  # type: ignore[arg-type]
+        blocks: Any = model.blocks
+        self.layers = [_Layer(block, dtype=self.dtype, rows=rows) for block in one_by_one(blocks)]
         self.output = _fold(model.norm, [model.output.weight], dtype=self.dtype, rows=rows)
         self.floor = _norm_floor(model.norm)
         self.rope = torch.view_as_complex(model.rope.float().contiguous()).unsqueeze(1)

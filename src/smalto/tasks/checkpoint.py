@@ -1,6 +1,7 @@
 """Reading checkpoints: a Lightning checkpoint with the resolved config of its run inside.
 
-Files are read with ``weights_only=True``: loading never runs code that a file brings along.
+A checkpoint is a file, or the folder that ``strategy=fsdp`` writes. Both are read with ``weights_only=True``: loading
+never runs code that a file brings along.
 """
 
 import hashlib
@@ -13,7 +14,9 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from smalto.nn.initial import share_of
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
+from smalto.tasks.sharded_folder import Place, is_folder, read_folder
 from smalto.tasks.targets import check_targets
 from smalto.tasks.torch_file import read_torch_file
 from smalto.types import CodeShape
@@ -26,28 +29,62 @@ OFFICIAL_KEY = "official"
 """Entry with buffers of the LlamaGen authors' code, kept for the way back into their layout."""
 
 
-def read_checkpoint(path: str | Path, *, kind: str | None = None) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | None = None) -> dict[str, Any]:
     """The checkpoint as a dict, tensors mapped from the file and only read when used.
 
     Args:
-        path: the file; a ``.safetensors`` file has its config in the ``.json`` beside it.
+        path: the file; a ``.safetensors`` file has its config in the ``.json`` beside it. Or a folder: what is wanted
+            of it is read here, the optimizer's state and other tensors are on the meta device.
         kind: ``tokenizer`` or ``gpt`` if only that will do.
+        ema: which weights of a folder are wanted, averaged ones where there are any or those of the training; None
+            reads both.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not a checkpoint of smalto, or of another kind.
     """
     path = Path(path)
-    checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
+    if is_folder(path):
+        checkpoint = _read_sharded(path, ema=ema)
+    else:
+        checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
+    found = about_run(checkpoint, path)["kind"]
+    if kind is not None and found != kind:
+        raise ValueError(f"{path} holds a {found}, a {kind} is needed here")
+    return checkpoint
+
+
+def about_run(checkpoint: Any, path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run: ``version``, ``kind``, ``config``, ``classes``.
+
+    Raises:
+        ValueError: it says nothing, because smalto did not write it.
+    """
     if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
         raise ValueError(
             f"{path} carries no smalto config; only checkpoints written by smalto train can be used here (a file of "
             f"the LlamaGen authors becomes one by smalto convert in={path} out=NAME.ckpt)"
         )
-    found = checkpoint[CONFIG_KEY]["kind"]
-    if kind is not None and found != kind:
-        raise ValueError(f"{path} holds a {found}, a {kind} is needed here")
-    return checkpoint
+    return checkpoint[CONFIG_KEY]
+
+
+def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
+    shapes = read_folder(path, wanted=lambda place: False)
+    averaged = _shadow(shapes).keys() if ema else ()
+
+    def wanted(place: Place) -> bool:
+        match place:
+            case ("state_dict", str(name)):
+                return name.removeprefix("net.") not in averaged
+            case ("callbacks", str(key), "shadow", _) if key == EMA_KEY:
+                return ema is not False
+        return False
+
+    return read_folder(path, wanted=wanted)
+
+
+def _shadow(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    return checkpoint.get("callbacks", {}).get(EMA_KEY, {}).get("shadow", {})
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
@@ -72,7 +109,7 @@ def network_state(checkpoint: dict[str, Any], *, ema: bool) -> dict[str, Tensor]
     """Weights of ``task.net``, averaged ones where there are any."""
     state = with_prefix(checkpoint["state_dict"], "net.")
     if ema:
-        state |= checkpoint.get("callbacks", {}).get(EMA_KEY, {}).get("shadow", {})
+        state |= _shadow(checkpoint)
     return state
 
 
@@ -82,18 +119,17 @@ def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def start_from(task: Any, path: str | Path, *, kind: str) -> None:
-    """Give a new task the weights of a checkpoint, averaged ones if there are any, and nothing else of it.
+    """Give a task's network the weights of a checkpoint, averaged ones if there are any, and nothing else of it.
 
     Raises:
         ValueError: they are of another model; all names are told, and no weight is changed.
     """
-    given = network_state(read_checkpoint(path, kind=kind), ema=True)
-    task.configure_model()
+    given = network_state(read_checkpoint(path, kind=kind, ema=True), ema=True)
     load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
 
 
 def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
-    """Load all weights or none.
+    """Load all weights or none; of a sharded network each process takes its share.
 
     Raises:
         ValueError: ``what``, then every name that is missing, unknown or of another shape.
@@ -108,7 +144,9 @@ def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
     ]
     if wrong:
         raise ValueError(f"{what}: {'; '.join(wrong)}")
-    net.load_state_dict(given)
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(share_of(given[name], value))
 
 
 def build_network(node: dict[str, Any]) -> nn.Module:
@@ -167,7 +205,7 @@ def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool
         image_size: use it at another resolution than it was trained at.
         ema: take the averaged weights when there are any.
     """
-    checkpoint = read_checkpoint(path, kind="tokenizer")
+    checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema)
     config = dict(checkpoint[CONFIG_KEY]["config"]["task"]["net"])
     if image_size is not None:
         config["image_size"] = image_size
@@ -196,7 +234,7 @@ def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema
         tokenizer_ckpt: for a GPT that was trained without one.
         ema: take the averaged weights when there are any.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, ema=ema)
     kind, config = checkpoint[CONFIG_KEY]["kind"], checkpoint[CONFIG_KEY]["config"]
     node = dict(config["task"])
     if kind == "gpt":

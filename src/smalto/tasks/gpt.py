@@ -1,5 +1,6 @@
 """Training of the autoregressive model: next-code prediction under a condition (LlamaGen section 2.2)."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,20 +10,25 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
 from smalto.losses.cross_entropy import linear_cross_entropy
+from smalto.nn.whole import whole
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.memory import check_batch
 from smalto.sampling.packed import resolve_dtype
-from smalto.tasks.checkpoint import load_tokenizer
+from smalto.tasks.checkpoint import load_tokenizer, start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
+from smalto.tasks.parallel import ShardingPlan, build_sharded
 from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
+
+log = logging.getLogger(__name__)
 
 
 class GPTTask(L.LightningModule):
@@ -67,6 +73,8 @@ class GPTTask(L.LightningModule):
         self.loss_rows = loss_rows
         self.recompute_every = recompute_every
         self.compile_net = compile
+        self.init_from: str | Path | None = None
+        """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -82,7 +90,17 @@ class GPTTask(L.LightningModule):
         """Build the model and load the tokenizer once; Lightning may call this again."""
         if self.net is not None:
             return
-        self.net = self.net_factory()
+        mesh = self.device_mesh  # under strategy=fsdp only
+        self.net = build_sharded(
+            self.net_factory,
+            None if mesh is None else mesh["data_parallel"],
+            device=torch.device("cpu") if mesh is None else self.trainer.strategy.root_device,
+            half=mesh is not None and self.trainer.precision == "bf16-mixed",
+        )
+        if mesh is not None and self.trainer.is_global_zero:
+            log.info("sharded: %s", ShardingPlan.of(self.net, mesh.size()))
+        if self.init_from is not None:
+            start_from(self, self.init_from, kind="gpt")
         self.net.recompute_every = self.recompute_every
         if self.compile_net:
             self.net.compile_blocks()
@@ -170,14 +188,19 @@ class GPTTask(L.LightningModule):
     def training_loss(self, batch: CodeBatch) -> Tensor:
         """Mean cross-entropy per code, in nats, with as many logits at a time as ``loss_rows`` says."""
         if self.loss_rows:
-            hidden = self.net.hidden(batch["codes"], *self.condition(batch)).flatten(0, 1)
-            return linear_cross_entropy(hidden, self.net.output.weight, batch["codes"].flatten(), rows=self.loss_rows)
+            targets = batch["codes"].flatten()
+
+            def loss_of_rows(hidden: Tensor, weight: Tensor) -> Tensor:
+                return linear_cross_entropy(hidden.flatten(0, 1), weight, targets, rows=self.loss_rows)
+
+            return self.net.apply_head(batch["codes"], *self.condition(batch), head=loss_of_rows)
         return self._loss(batch)[0]
 
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per code, in nats."""
         loss = self.training_loss(batch)
-        self.log("train/loss", loss)  # not prog_bar: Lightning would fetch it from the device in every step
+        # Of all processes. Not prog_bar: Lightning would fetch it from the device in every step.
+        self.log("train/loss", loss, sync_dist=True)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
@@ -190,29 +213,38 @@ class GPTTask(L.LightningModule):
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
-        """Within it the model's weights do not change, so that they are packed for decoding once, not per call."""
-        within = self._weights_are_fixed  # of another one already: the weights stay packed until that ends
+        """Within it the model's weights do not change, so that they are packed for decoding once, not per call.
+
+        If they are sharded, all processes must enter it together: they are gathered and packed at the start, and within
+        each process decodes by itself.
+        """
+        if self._weights_are_fixed:  # of another one already: the weights stay packed until that ends
+            yield
+            return
         self._weights_are_fixed = True
         try:
-            yield
+            with whole(self.net):
+                if isinstance(self.net, FSDPModule):
+                    self._packed = self._new_decoder(rows=2 * self.decode_batch_size)
+                yield
         finally:
-            if not within:
-                self._weights_are_fixed, self._packed = False, None
+            self._weights_are_fixed, self._packed = False, None
 
     def _decoder(self, images: int, *, guided: bool) -> DecodeEngine:
         if self._packed is not None:
             check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
             return self._packed
-        compiled = self.engine.compile
-        dtype = resolve_dtype(self.engine.dtype, self.device, packed=not compiled)
-        check_batch(self.net, images, guided=guided, dtype=dtype)
-        decoder = (
-            CompiledEngine(self.net, dtype=dtype)
-            if compiled
-            else DecodeEngine(self.net, dtype=dtype, rows=images * (2 if guided else 1))
-        )
+        check_batch(self.net, images, guided=guided, dtype=self._engine_dtype())
+        decoder = self._new_decoder(rows=images * (2 if guided else 1))
         self._packed = decoder if self._weights_are_fixed else None
         return decoder
+
+    def _engine_dtype(self) -> str:
+        return resolve_dtype(self.engine.dtype, self.device, packed=not self.engine.compile)
+
+    def _new_decoder(self, *, rows: int) -> DecodeEngine:
+        net, dtype = self.net, self._engine_dtype()
+        return CompiledEngine(net, dtype=dtype) if self.engine.compile else DecodeEngine(net, dtype=dtype, rows=rows)
 
     def sample_codes(
         self,
@@ -227,6 +259,9 @@ class GPTTask(L.LightningModule):
         Raises:
             ValueError: conditions the model does not know, a batch that memory does not hold.
         """
+        if isinstance(self.net, FSDPModule) and not self._weights_are_fixed:
+            with self.fixed_weights():
+                return self.sample_codes(condition, sampling=sampling, seeds=seeds, condition_mask=condition_mask)
         self.net.conditioner.check(condition)
         training = self.training
         self.eval()

@@ -1,12 +1,13 @@
 """Training of an image tokenizer: reconstruction, perceptual and, later, adversarial loss (LlamaGen section 2.1)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,9 @@ from smalto.data.transforms import to_float, to_pixels
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
 from smalto.nn.flops import forward_flops
 from smalto.sampling.engine import EngineConfig
+from smalto.tasks.checkpoint import start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
+from smalto.tasks.parallel import from_the_seed
 from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
@@ -90,6 +93,8 @@ class TokenizerTask(L.LightningModule):
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self.engine = EngineConfig()
         """How :meth:`reconstruct` decodes; may be replaced at any time."""
+        self.init_from: str | Path | None = None
+        """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -98,25 +103,31 @@ class TokenizerTask(L.LightningModule):
         """Build the networks once; Lightning may call this again."""
         if self.net is not None:
             return
-        # Channels last: convolutions are a fifth faster on CPUs and on GPUs in half precision.
-        self.net = self.net_factory().to(memory_format=torch.channels_last)
-        if self.discriminator_factory:
-            self.discriminator = self.discriminator_factory().to(memory_format=torch.channels_last)
-        self.perceptual = self.perceptual_factory() if self.perceptual_factory else None
+        with from_the_seed():
+            # Channels last: convolutions are a fifth faster on CPUs and on GPUs in half precision.
+            self.net = self.net_factory().to(memory_format=torch.channels_last)
+            if self.discriminator_factory:
+                self.discriminator = self.discriminator_factory().to(memory_format=torch.channels_last)
+            self.perceptual = self.perceptual_factory() if self.perceptual_factory else None
+        if self.init_from is not None:
+            start_from(self, self.init_from, kind="tokenizer")
 
     def setup(self, stage: str) -> None:
-        """Refuse what manual optimization cannot do."""
+        """Refuse what manual optimization cannot do; tell DDP that not every step has gradients for every parameter."""
         if self.trainer.precision == "16-mixed":
             raise ValueError(
                 "trainer.precision is 16-mixed; two optimizers share no loss scaler here, use bf16-mixed or 32"
             )
         strategy: Any = self.trainer.strategy
-        late_start = self.discriminator_factory is not None and isinstance(strategy, DDPStrategy)
-        if late_start and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        if isinstance(strategy, ModelParallelStrategy):
             raise ValueError(
-                "a discriminator that starts later leaves parameters without gradients, which plain ddp refuses; "
-                "use strategy=ddp_gan"
+                "strategy=fsdp shards transformers; a tokenizer fits on every device many times over, so train it with "
+                "strategy=ddp"
             )
+        if self.discriminator_factory is not None and isinstance(strategy, DDPStrategy):
+            # Each of the two networks has no gradient in the other's backward pass, and the discriminator none at all
+            # before its start. Read when the module is wrapped, which comes after this.
+            strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> Any:
         """One optimizer per network, generator first; the discriminator's rate follows the generator's."""
@@ -180,7 +191,7 @@ class TokenizerTask(L.LightningModule):
             losses |= self._discriminator_step(image, reconstruction.detach(), rate)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()})
+        self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()}, sync_dist=True)
         self.log("train/lr", rate)
 
     def generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:

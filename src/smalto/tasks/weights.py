@@ -13,6 +13,7 @@ from smalto.tasks.checkpoint import CONFIG_KEY, OFFICIAL_KEY, build_network, net
 from smalto.tasks.official import USAGE_QUEUE, arguments, kind_of, official_name, official_weights
 from smalto.tasks.official_config import Hints, discriminator_node, gpt_node, task_node, tokenizer_node
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
+from smalto.tasks.sharded_folder import is_folder
 from smalto.tasks.torch_file import read_torch_file
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) ->
     """
     path = Path(path)
     content: Any
-    if path.suffix == SUFFIX and path.with_suffix(".json").exists():
-        content = read_checkpoint(path)
+    if is_folder(path) or (path.suffix == SUFFIX and path.with_suffix(".json").exists()):
+        content = read_checkpoint(path, ema=which != "model")
     else:
         content = read_safetensors(path) if path.suffix == SUFFIX else read_torch_file(path)
     if isinstance(content, dict) and CONFIG_KEY in content:
