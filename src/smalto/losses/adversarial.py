@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.nn.global_batch import mean_over_processes
+
 
 def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
     """Half of ``mean relu(1 - real) + mean relu(1 + fake)`` (arXiv:1705.02894)."""
@@ -50,4 +52,5 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    of_reconstruction, of_adversarial = mean_over_processes(of_reconstruction), mean_over_processes(of_adversarial)
     return (of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()

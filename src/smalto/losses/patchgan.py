@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from smalto.nn.global_batch import GlobalBatchNorm2d
+
 
 class PatchDiscriminator(nn.Module):
     """Strided 4x4 convolutions with batch normalisation.
@@ -9,9 +11,11 @@ class PatchDiscriminator(nn.Module):
     Args:
         base_channels: width of the first layer; doubles per layer up to 8 times.
         num_layers: strided layers; 3 gives the paper's 70-px patches, 2 gives 34, 1 gives 16.
+        global_statistics: normalise by the batch of all processes, so that their number does not matter. False: each
+            by its own, as the authors (16 images on each of 8 GPUs).
     """
 
-    def __init__(self, *, base_channels: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, *, base_channels: int = 64, num_layers: int = 3, global_statistics: bool = True) -> None:
         super().__init__()
         if num_layers < 1 or base_channels < 1:
             raise ValueError(
@@ -23,7 +27,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i]),
+                (GlobalBatchNorm2d if global_statistics else nn.BatchNorm2d)(widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.nn.global_batch import mean_over_processes
+
 LOOKUP_ROWS = {"cpu": 64}
 """Latents compared with the codebook at a time, by device: bounds memory to so many x codebook_size floats.
 
@@ -135,11 +137,11 @@ class VectorQuantizer(nn.Module):
         )
 
     def entropy(self, z: Tensor, entries: Tensor) -> Tensor:
-        """Mean entropy of soft assignments minus the entropy of their mean, in nats, for (N, C)."""
+        """Mean entropy of soft assignments minus the entropy of their mean over all processes, in nats, for (N, C)."""
         squared = z.pow(2).sum(1, keepdim=True) + entries.pow(2).sum(1) - 2 * z @ entries.T
         log_p = F.log_softmax(-squared / self.entropy_temperature, dim=-1)
         p = log_p.exp()
-        mean_p = p.mean(0)
+        mean_p = mean_over_processes(p.mean(0))
         per_sample = -(p * log_p).sum(-1).mean()
         of_mean = -(mean_p * (mean_p + 1e-5).log()).sum()
         return per_sample - of_mean
