@@ -5,27 +5,50 @@ from the same weights, bit for bit, as one that lies whole in one process.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+BLOCK = 2**20
+"""Numbers that one generator draws: whole rows, so that a process draws little that others keep."""
+
+
 @torch.no_grad()
 def draw_normal(parameter: Tensor, *, std: float, seed: int, name: str) -> None:
     """Fill with normal numbers, drawn on the CPU whatever device the parameter is on; nothing on the meta device.
 
-    Of a sharded parameter every process draws the whole, one parameter at a time, and keeps its share.
+    Args:
+        parameter: float; if it is sharded, along its first axis.
+        std: standard deviation.
+        seed: of the model.
+        name: of the parameter.
     """
     if parameter.is_meta:
         return
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
-        parameter.normal_(std=std, generator=generator)
-        return
-    whole = torch.empty(parameter.shape, device="cpu", dtype=torch.float32).normal_(std=std, generator=generator)
-    parameter.copy_(share_of(whole, parameter))
+    local, first = _rows(parameter)
+    count = max(1, BLOCK // math.prod(parameter.shape[1:]))
+    end = first + len(local)
+    for start in range(first - first % count, end, count):
+        stop = min(start + count, parameter.shape[0])
+        digest = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        block = torch.empty(stop - start, *parameter.shape[1:], device="cpu", dtype=torch.float32)
+        block.normal_(std=std, generator=generator)
+        low, high = max(start, first), min(stop, end)
+        local[low - first : high - first] = block[low - start : high - start]
+
+
+def _rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """What of a parameter is here, and the index of its first row."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    mesh = parameter.device_mesh
+    assert mesh.ndim == 1, parameter.placements
+    assert parameter.placements[0].is_shard(0), parameter.placements
+    return parameter.to_local().detach(), mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())
 
 
 def share_of(whole: Tensor, like: Tensor) -> Tensor:
