@@ -1,29 +1,39 @@
-"""Two processes on the CPU: the same training as one process, started by torchrun or by Lightning."""
+"""Two processes on the CPU: the same training as one process, started by Lightning or by torchrun."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
+
+from smalto.tasks.checkpoint import network_state, read_checkpoint
 
 pytestmark = pytest.mark.chain
 
 COMMON = [
-    "logger=none",
+    "logger=csv",
     "trainer.accelerator=cpu",
-    "trainer.max_steps=4",
-    "trainer.val_check_interval=4",
+    "trainer.log_every_n_steps=1",
     "callbacks=_common",
-    "callbacks.checkpoint.every_n_steps=4",
+    "callbacks.checkpoint.keep=0",
+    "callbacks.throughput.peak_tflops=1",
 ]
 GPT = [
     *COMMON,
+    "trainer.max_steps=20",
+    "trainer.val_check_interval=20",
+    "callbacks.checkpoint.every_n_steps=10",
     "task=gpt",
+    "task.optimizer.lr=1e-2",
     "data=synthetic_codes",
     "image_size=64",
     "model.dim=32",
-    "model.num_layers=1",
+    "model.num_layers=2",
     "model.num_heads=2",
     # ranks draw their own dropout, so equality with one process needs none
     "ablation=no_dropout",
@@ -37,6 +47,8 @@ GPT = [
 ]
 TOKENIZER = [
     *COMMON,
+    "trainer.max_steps=10",
+    "trainer.val_check_interval=10",
     "task=tokenizer",
     "data=synthetic_images",
     "image_size=32",
@@ -50,15 +62,18 @@ TOKENIZER = [
     "data.num_val=8",
     "data.batch_size=4",
 ]
+TWO = ["trainer.devices=2"]
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
-def metrics(folder, *arguments: str, launcher: list[str] | None = None) -> dict[str, float]:
+def train(folder: Path, *arguments: str) -> Path:
+    """The folder of a run, the only one that its processes made; ``ddp`` is started by torchrun."""
     environment = {**os.environ, "SMALTO_OUTPUTS": str(folder), "OMP_NUM_THREADS": "1"}
     environment.pop("SMALTO_LAUNCHED_AT", None)
-    command = [sys.executable, *(launcher or []), "-m", "smalto", "train", *arguments]
+    launcher = TORCHRUN if "strategy=ddp" in arguments else []
+    command = [sys.executable, *launcher, "-m", "smalto", "train", *arguments]
     # a session of its own: if a rank hangs, all of them are killed
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -69,21 +84,71 @@ def metrics(folder, *arguments: str, launcher: list[str] | None = None) -> dict[
         os.killpg(process.pid, 9)
         raise
     assert process.returncode == 0, text[-3000:]
-    runs = list(folder.glob("train/*"))
-    assert len(runs) == 1, "processes of one run must agree on its folder"
-    assert (runs[0] / "config.yaml").exists()
-    return json.loads((runs[0] / "metrics.json").read_text())
+    (run,) = folder.glob("train/*")
+    assert (run / "config.yaml").exists()
+    return run
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    one = metrics(tmp_path / "one", *GPT)
-    two = metrics(tmp_path / "two", *GPT, "strategy=ddp", "trainer.devices=2", launcher=TORCHRUN)
-    # the sum over the batch is taken in another order
-    assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-5)
-    assert two["val/accuracy"] == pytest.approx(one["val/accuracy"], abs=1e-6)
-    assert len(list((tmp_path / "two").glob("train/*/checkpoints/step_*"))) == 1
+def curve(folder: Path, key: str) -> list[float]:
+    """Values of a metric, one per step."""
+    (file,) = folder.glob("logs/*/metrics.csv")
+    with file.open() as lines:
+        return [float(row[key]) for row in csv.DictReader(lines) if row.get(key)]
 
 
-def test_discriminator_that_starts_late_runs_under_ddp(tmp_path):
-    found = metrics(tmp_path / "two", *TOKENIZER, "strategy=ddp", "trainer.devices=2")
-    assert "train/disc_loss" in found
+def together(jobs: dict[str, list[str]], folder: Path) -> dict[str, Path]:
+    """Folders of runs, two at a time: most of their time is that of imports."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(jobs, pool.map(lambda name: train(folder / name, *jobs[name]), jobs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    first = together(
+        {
+            "fsdp": [*GPT, *TWO, "strategy=fsdp"],
+            "ddp": [*GPT, *TWO, "strategy=ddp"],
+            "one": GPT,
+            "tokenizer_one": TOKENIZER,
+            "tokenizer_ddp": [*TOKENIZER, *TWO, "strategy=ddp"],
+        },
+        folder,
+    )
+    start = f"ckpt_path={first['fsdp']}/checkpoints/step_00000010.ckpt"
+    then = {"again_one": [*GPT, start], "again_ddp": [*GPT, *TWO, "strategy=ddp", start]}
+    return first | together(then, folder)
+
+
+def test_losses_are_those_of_one_process(runs):
+    one, ddp, fsdp = (curve(runs[name], "train/loss") for name in ("one", "ddp", "fsdp"))
+    assert len(one) == 20
+    assert one[0] - one[-1] > 0.5, "nothing was learned, so nothing is compared"
+    assert ddp == pytest.approx(one, abs=1e-5)  # the sum over the batch is taken in another order
+    assert fsdp == pytest.approx(one, abs=1e-5)
+    assert fsdp == pytest.approx(ddp, abs=1e-6)
+    metrics = [json.loads((runs[name] / "metrics.json").read_text()) for name in ("one", "ddp", "fsdp")]
+    for key in ("val/loss", "val/accuracy"):
+        assert [values[key] for values in metrics] == pytest.approx([metrics[0][key]] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["again_one", "again_ddp"])
+def test_a_sharded_run_goes_on_under_another_strategy(runs, name):
+    assert curve(runs[name], "train/loss") == pytest.approx(curve(runs["fsdp"], "train/loss")[10:], abs=1e-6)
+
+
+def test_a_sharded_checkpoint_is_exported_bit_for_bit(runs, tmp_path):
+    sharded = runs["fsdp"] / "checkpoints/last.ckpt"
+    assert sharded.resolve().is_dir()
+    command = [sys.executable, "-m", "smalto", "convert", f"in={sharded}", f"out={tmp_path}/out.ckpt", "weights=model"]
+    subprocess.run(command, check=True, timeout=100, capture_output=True)
+    exported, state = (network_state(read_checkpoint(p), ema=False) for p in (tmp_path / "out.ckpt", sharded))
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[name], value) for name, value in state.items())
+
+
+def test_a_tokenizer_with_its_discriminator_is_that_of_one_process(runs):
+    for key, steps in (("rec_loss", 10), ("loss", 10), ("disc_loss", 8), ("gen_loss", 8)):
+        one, two = (curve(runs[name], f"train/{key}") for name in ("tokenizer_one", "tokenizer_ddp"))
+        assert len(one) == steps
+        assert two == pytest.approx(one, abs=1e-4), key
