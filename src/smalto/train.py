@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug"}
 """Root keys that may differ between a run and its continuation."""
+PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
+"""Where a run computes may differ too: checkpoints fit every strategy, on any number of processes."""
 
 
 def run(config: DictConfig) -> dict[str, float]:
@@ -119,7 +121,7 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     """``key: old -> new`` of every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new} if prefix or key not in VOLATILE]
+        keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
 

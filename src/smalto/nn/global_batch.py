@@ -44,12 +44,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         centred = exact - mean[:, None, None]
         variance = mean_over_processes(centred.square().mean((0, 2, 3)))
         with torch.no_grad():
-            assert (
-                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-            )
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             count = x.numel() // x.shape[1] * dist.get_world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum or 0.0)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum or 0.0)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-
 BLOCK = 2**20
 """Numbers that one generator draws: whole rows, so that a process draws little that others keep."""
 
