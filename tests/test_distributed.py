@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from smalto import convert
+from smalto.runtime import compose
 from smalto.tasks.checkpoint import network_state, read_checkpoint
 
 pytestmark = pytest.mark.chain
@@ -140,8 +142,7 @@ def test_a_sharded_run_goes_on_under_another_strategy(runs, name):
 def test_a_sharded_checkpoint_is_exported_bit_for_bit(runs, tmp_path):
     sharded = runs["fsdp"] / "checkpoints/last.ckpt"
     assert sharded.resolve().is_dir()
-    command = [sys.executable, "-m", "smalto", "convert", f"in={sharded}", f"out={tmp_path}/out.ckpt", "weights=model"]
-    subprocess.run(command, check=True, timeout=100, capture_output=True)
+    convert.run(compose("convert", [f"in={sharded}", f"out={tmp_path}/out.ckpt", "weights=model"]))
     exported, state = (network_state(read_checkpoint(p), ema=False) for p in (tmp_path / "out.ckpt", sharded))
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[name], value) for name, value in state.items())
