@@ -21,7 +21,7 @@ def run_ranks(function: Callable[[int], Any], world_size: int) -> list[Any]:
     for job in jobs:
         job.start()
     try:
-        results = dict(queue.get(timeout=25) for _ in jobs)
+        results = dict(queue.get(timeout=120) for _ in jobs)
         for job in jobs:
             job.join(30)
     finally:
