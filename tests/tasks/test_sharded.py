@@ -270,18 +270,25 @@ def test_damaged_folders_are_named_and_run_no_code(ranks, tmp_path):
         assert newest_checkpoint(copy.parent) is None
 
 
-def test_a_text_model_draws_its_null_features_alike(tmp_path):
+def test_a_text_model_starts_alike_and_in_half_precision_keeps_float32_weights():
     text = partial(TextConditioner, text_dim=6, num_tokens=5, drop_prob=0.1)
     factory = partial(GPT, dim=32, num_layers=1, num_heads=2, vocab_size=24, code_shape=((3, 4),), conditioner=text)
 
-    def shards(rank: int) -> dict:
+    def shards(rank: int) -> tuple[dict, set[torch.dtype]]:
         dist.init_process_group("gloo")
         mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        return whole(dict(build_sharded(factory, mesh, device=torch.device("cpu"), half=False).named_parameters()))
+        net = build_sharded(factory, mesh, device=torch.device("cpu"), half=True)
+        initial = whole(dict(net.named_parameters()))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(torch.zeros(2, 12, dtype=torch.int64), torch.ones(2, 5, 6))
+        assert logits.dtype == torch.bfloat16
+        logits.sum().backward()
+        return initial, {p.grad.dtype for p in net.parameters() if p.grad is not None}
 
     one = whole(dict(build_sharded(factory, None, device=torch.device("cpu"), half=False).named_parameters()))
-    for two in run_ranks(shards, 2):
+    for two, gradients in run_ranks(shards, 2):
         assert same(one, two)
+        assert gradients == {torch.float32}
     assert one["conditioner.null_features"].std() == pytest.approx(6**-0.5, rel=0.3)
 
 
