@@ -71,7 +71,8 @@ def test_logits_of_the_engine(make_gpt, dtype):
             found.append(torch.stack([engine.prefill(condition, cache), *[engine.step(c, cache) for c in codes]]))
         assert cache.length == 4
     plain, other = found
-    assert (plain - other).abs().max() < 0.03 * plain.std()
+    # Logits of 2 to 4 have steps of 0.016 in bfloat16; over twelve draws of weights int8 was up to three apart.
+    assert (plain - other).abs().max() < 0.06 * plain.std()
 
 
 @pytest.mark.slow
