@@ -1,8 +1,11 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from smalto.runtime import remove_if_empty
 
 PAGE_FAULTS = """
 import resource, sys
@@ -26,3 +29,16 @@ def test_freed_memory_is_used_again():
         for mode in ("keep", "return")
     }
     assert faults["keep"] < 0.5 * faults["return"]  # small blocks in between may push a few to fresh memory
+
+
+def test_refused_runs_leave_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "c2i" / "now").mkdir(parents=True)
+    (tmp_path / "other").write_text("")
+    remove_if_empty(tmp_path / "c2i" / "now")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    remove_if_empty(tmp_path)
+    assert tmp_path.exists()
+    (tmp_path / "other").unlink()
+    monkeypatch.chdir(tmp_path)
+    remove_if_empty(Path.cwd())
+    assert tmp_path.exists()

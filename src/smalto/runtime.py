@@ -9,6 +9,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -132,6 +133,7 @@ class Command:
             # A function that was decorated has the command in its place by now.
             return inspect.unwrap(getattr(import_module(self.module), self.function))(config)
         except (*USER_ERRORS, KeyboardInterrupt) as error:
+            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             if "HYDRA_FULL_ERROR" in os.environ:
                 raise
             fail(self.verb, error)
@@ -152,6 +154,14 @@ def hydra_main(verb: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[]
         return command
 
     return decorate
+
+
+def remove_if_empty(folder: Path) -> None:
+    """A run that was refused leaves no folder behind, nor the one around it if that was made for it alone."""
+    if folder != Path.cwd():
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def cause(error: BaseException) -> BaseException:
