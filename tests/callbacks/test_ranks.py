@@ -44,6 +44,16 @@ def test_a_failed_collective_is_explained(tmp_path, code, how):
 
 
 @pytest.mark.usefixtures("_quick")
+def test_what_an_earlier_run_said_is_not_repeated(tmp_path):
+    log_of_rank(tmp_path, 1).write_text("of an earlier run\n--- now\n")
+    with (
+        pytest.raises(ValueError, match=r"rank_1\.log: \(nothing\)$"),
+        RankWatch(watched("raise SystemExit(3)"), tmp_path),
+    ):
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("error", [ValueError("of its own"), torch.OutOfMemoryError("of its own"), SystemExit(1)])
 def test_errors_of_the_first_process_stay_what_they_are(tmp_path, error):
     trainer = watched("raise SystemExit(3)")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ PATIENCE = 5.0
 """Seconds in which the cause of a failed collective may show."""
 TAIL = 15
 """Lines of a dead process that are shown."""
+
+BEGIN = "--- "
+"""First line of a process in its log, which it goes on with."""
 
 PARENT = "SMALTO_PARENT"
 
@@ -49,7 +53,9 @@ def follow_parent(folder: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # The descriptors, not sys.stderr: what native code says before it dies belongs there as well.
-    with path.open("w") as file:
+    with path.open("a") as file:
+        file.write(f"{BEGIN}{datetime.now():%Y-%m-%d %H:%M:%S}, process {os.getpid()}\n")
+        file.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
@@ -134,7 +140,11 @@ class RankWatch:
         path = log_of_rank(self.folder, rank, node)
         lines: deque[str] = deque(maxlen=TAIL)
         with suppress(OSError), path.open(errors="replace") as file:
-            lines.extend(line.rstrip() for line in file if line.strip())
+            for line in file:
+                if line.startswith(BEGIN):  # of this run, not of those before it
+                    lines.clear()
+                elif line.strip():
+                    lines.append(line.rstrip())
         tail = "".join(f"\n    {line}" for line in lines) or " (nothing)"
         return (
             f"the process of rank {rank}{f' on node {node}' if node else ''} {how}, so the run has ended; "
