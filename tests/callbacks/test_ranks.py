@@ -75,12 +75,16 @@ def test_a_runtime_error_with_all_others_well(tmp_path, monkeypatch):
 
 def test_a_collective_that_waits_for_ever_is_ended(tmp_path):
     script = f"""
-        import sys, threading
+        import os, sys, threading
         from pathlib import Path
         sys.path[:0] = {[p for p in sys.path if p]!r}
         from callbacks.test_ranks import ranks, watched
-        ranks.POLL, ranks.GRACE = 0.05, 0.2
-        with ranks.RankWatch(watched("raise SystemExit(7)"), Path({str(tmp_path)!r})):
+        from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+        ranks.POLL, ranks.GRACE = 0.05, 2.5
+        trainer = watched("raise SystemExit(7)")
+        # Lightning's own observer would end this process by SIGKILL as soon as it looks.
+        _ChildProcessObserver(os.getpid(), trainer.strategy.launcher.procs, sleep_period=1).start()
+        with ranks.RankWatch(trainer, Path({str(tmp_path)!r})):
             threading.Event().wait()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
