@@ -14,6 +14,7 @@ import torch
 from smalto import convert
 from smalto.runtime import compose
 from smalto.tasks.checkpoint import network_state, read_checkpoint
+from tiny_tasks import TINY_GPT
 
 pytestmark = pytest.mark.chain
 
@@ -27,25 +28,17 @@ COMMON = [
 ]
 GPT = [
     *COMMON,
+    *TINY_GPT,
     "trainer.max_steps=20",
     "trainer.val_check_interval=20",
     "callbacks.checkpoint.every_n_steps=10",
-    "task=gpt",
     "task.optimizer.lr=1e-2",
-    "data=synthetic_codes",
-    "image_size=64",
-    "model.dim=32",
     "model.num_layers=2",
-    "model.num_heads=2",
     # ranks draw their own dropout, so equality with one process needs none
     "ablation=no_dropout",
     "model.conditioner.drop_prob=0",
-    "model.conditioner.num_classes=4",
-    "tokenizer.quantizer.codebook_size=32",
-    "data.num_classes=4",
     "data.num_train=32",
     "data.num_val=10",
-    "data.batch_size=4",
 ]
 TOKENIZER = [
     *COMMON,

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny_tasks import TINY_GPT
+
 pytestmark = pytest.mark.chain
 
 SETTINGS = [
+    *TINY_GPT,
     "logger=none",
     "trainer.accelerator=cpu",
     "trainer.devices=2",
@@ -21,18 +24,9 @@ SETTINGS = [
     "trainer.val_check_interval=120",
     "callbacks=_common",
     "callbacks.checkpoint.every_n_steps=10",
-    "task=gpt",
-    "data=synthetic_codes",
-    "image_size=64",
-    "model.dim=32",
     "model.num_layers=1",
-    "model.num_heads=2",
-    "model.conditioner.num_classes=4",
-    "tokenizer.quantizer.codebook_size=32",
-    "data.num_classes=4",
     "data.num_train=64",
     "data.num_val=10",
-    "data.batch_size=4",
 ]
 
 

@@ -8,22 +8,15 @@ import pytest
 
 from smalto import train
 from smalto.runtime import compose
+from tiny_tasks import TINY_GPT
 
 SYNTHETIC = [
-    "task=gpt",
+    *TINY_GPT,
     "callbacks=_common",
-    "data=synthetic_codes",
     "logger=csv",
-    "image_size=64",
-    "model.dim=32",
     "model.num_layers=1",
-    "model.num_heads=2",
-    "model.conditioner.num_classes=4",
-    "tokenizer.quantizer.codebook_size=32",
-    "data.num_classes=4",
     "data.num_train=32",
     "data.num_val=8",
-    "data.batch_size=4",
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
     "trainer.accelerator=cpu",

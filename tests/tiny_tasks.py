@@ -89,3 +89,17 @@ def make_codes() -> SyntheticCodes:
     return SyntheticCodes(
         codebook_size=VOCABULARY, code_shape=SHAPE, num_classes=3, num_train=64, num_val=16, batch_size=8, seed=0
     )
+
+
+TINY_GPT = [
+    "task=gpt",
+    "data=synthetic_codes",
+    "image_size=64",
+    "model.dim=32",
+    "model.num_heads=2",
+    "model.conditioner.num_classes=4",
+    "tokenizer.quantizer.codebook_size=32",
+    "data.num_classes=4",
+    "data.batch_size=4",
+]
+"""Overrides that make ``smalto train`` train a generator in seconds, on codes that need no files."""

@@ -15,6 +15,7 @@ from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, n
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
 from smalto.data.ranks import leads
+from smalto.data.write import write_bytes
 from smalto.preflight import preflight
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
@@ -78,7 +79,7 @@ def run(config: DictConfig) -> dict[str, float]:
     for callback in callbacks:
         metrics |= getattr(callback, "metrics", {})
     if trainer.is_global_zero:
-        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_bytes(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 
@@ -115,7 +116,8 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
         for old in (folder / "metrics.json", folder / "mlflow_run_id"):
             old.unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
-    write_atomically(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -133,18 +135,10 @@ def reopen(folder: Path, node: DictConfig) -> Any:
         return build(node)
     logger: MLFlowLogger = build(node, run_id=memory.read_text().strip() if memory.exists() else None)
     if leads():
-        write_atomically(memory, f"{logger.run_id}\n")
+        write_bytes(memory, f"{logger.run_id}\n".encode())
         if PARENT in os.environ:
             logger.experiment.set_tag(logger.run_id, "mlflow.parentRunId", os.environ[PARENT])
     return logger
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees all of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def finished(plain: dict[str, Any]) -> dict[str, float] | None:

@@ -122,7 +122,7 @@ class _Watch:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return None
-        norm: Tensor = torch.nn.utils.get_total_norm(gradients, foreach=None)
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         exact = norm.to(self.average.dtype)
         bad = ~exact.isfinite()
