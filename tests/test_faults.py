@@ -165,7 +165,7 @@ def test_a_folder_without_the_right_to_write_is_said_before_any_work(public_fold
         return prepare(Unreadable(), public_folder / "out")
 
     text = outcome(job)
-    assert text.startswith(f"OSError: no permission to write: {public_folder}/out; ")
+    assert text.startswith(f"StorageError: no permission to write: {public_folder}/out; ")
     assert list(public_folder.iterdir()) == []
 
 
@@ -224,7 +224,9 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(tmp_pat
         return prepare(Noise(), disk / "out", shard_size=7)
 
     text = outcome(job)
-    assert text.startswith(("OSError: the disk is full", "OSError: a file would be larger than this process may write"))
+    assert text.startswith(
+        ("StorageError: the disk is full", "StorageError: a file would be larger than this process may write")
+    )
     assert f"finished shards stay in {disk}/out" in text
     kept = digests(disk / "out")
     assert not (disk / "out" / "meta.json").exists()

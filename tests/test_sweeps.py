@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from smalto.files import FileLock
 from smalto.runtime import compose
-from smalto.sweeps.devices import claimed, devices_wanted, locked
+from smalto.sweeps.devices import claimed, devices_wanted
 from smalto.sweeps.names import job_name
 from smalto.sweeps.table import sweep_report
 
@@ -110,8 +111,9 @@ def test_a_sweep_outlives_failures_and_kill_and_is_continued(tmp_path):
     finally:
         os.killpg(sweep.pid, signal.SIGKILL)
         sweep.wait()
-    with (folder / "seed-2/.lock").open("w") as file:
-        wait_until(lambda: locked(file))  # its process is gone
+    lock = FileLock(folder / "seed-2/.lock")
+    lock.acquire(patience=60)  # its process is gone
+    lock.release()
 
     (folder / "later").touch()
     again = [sys.executable, "-m", "smalto", "resume", str(folder)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from smalto.errors import InputError, PathInUse
 from smalto.runtime import hydra_main
 from smalto.tasks.export import write_weights
 from smalto.tasks.official_config import Hints
@@ -36,7 +37,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if config.tokenizer_ckpt is not None:
         tokenizer = read_weights(config.tokenizer_ckpt, hints=Hints(l2_norm=config.l2_norm))
         if tokenizer.kind != "tokenizer":
-            raise ValueError(f"tokenizer_ckpt={config.tokenizer_ckpt} holds a {tokenizer.kind}, give a tokenizer")
+            raise InputError(f"tokenizer_ckpt={config.tokenizer_ckpt} holds a {tokenizer.kind}, give a tokenizer")
         hints = replace(hints, downsample_factor=hints.downsample_factor or downsample_factor(tokenizer.net))
     weights = read_weights(source, hints=hints, which=config.weights)
     weights = apply_hints(weights, tokenizer, config, source)
@@ -68,16 +69,16 @@ def check_options(config: DictConfig, source: Path, out: Path) -> None:
         if config[key] is not None and not (isinstance(config[key], int) and config[key] > 0):
             problems.append(f"{key} is {config[key]}, must be a positive whole number")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputError("; ".join(problems))
     if out.resolve() == source.resolve():
-        raise ValueError(f"in and out are both {out}; write to another file")
+        raise InputError(f"in and out are both {out}; write to another file")
     if out.is_dir():
-        raise FileExistsError(f"out={out} is a folder, give the name of a file")
+        raise PathInUse(f"out={out} is a folder, give the name of a file")
     there = [path for path in (out, out.with_suffix(".json")) if path.exists()]
     if config.format != "safetensors":
         there = [path for path in there if path == out]
     if there and not config.overwrite:
-        raise FileExistsError(f"{there[0]} exists already; choose another out=, or overwrite=true to replace it")
+        raise PathInUse(f"{there[0]} exists already; choose another out=, or overwrite=true to replace it")
 
 
 def apply_hints(weights: Weights, tokenizer: Weights | None, config: DictConfig, source: Path) -> Weights:
@@ -90,24 +91,24 @@ def apply_hints(weights: Weights, tokenizer: Weights | None, config: DictConfig,
         useless = ["tokenizer_ckpt", "downsample_factor", "num_heads"]
     given = [key for key in useless if config[key] is not None]
     if given:
-        raise ValueError(f"{source} holds a {weights.kind}, for which {', '.join(given)} means nothing; leave it out")
+        raise InputError(f"{source} holds a {weights.kind}, for which {', '.join(given)} means nothing; leave it out")
     net = dict(weights.net)
     if weights.kind == "tokenizer":
         net["image_size"] = config.image_size or net["image_size"]
         if net["image_size"] % downsample_factor(net):
-            raise ValueError(
+            raise InputError(
                 f"image_size is {net['image_size']}, {source} needs a multiple of {downsample_factor(net)}"
             )
         if config.l2_norm is not None:
             net["quantizer"] = net["quantizer"] | {"l2_norm": config.l2_norm}
         return replace(weights, config=weights.config | {"task": weights.config["task"] | {"net": net}})
     if config.num_heads not in (None, net["num_heads"]):
-        raise ValueError(f"num_heads is {config.num_heads}, {source} says {net['num_heads']}; leave it out")
+        raise InputError(f"num_heads is {config.num_heads}, {source} says {net['num_heads']}; leave it out")
     carried = weights.tokenizer_config if tokenizer is None else tokenizer.net
     factor = config.downsample_factor or (downsample_factor(carried) if carried else None)
     side = net["code_shape"][0][0]
     if config.image_size is not None and factor is not None and config.image_size != side * factor:
-        raise ValueError(
+        raise InputError(
             f"image_size is {config.image_size}, {source} writes {side} x {side} codes of {factor} px, which is "
             f"{side * factor}; a generator's resolution is part of it"
         )

@@ -13,13 +13,14 @@ from torch import Tensor
 from smalto.data.picture_sets import open_pictures
 from smalto.data.ranks import Ranks
 from smalto.data.transforms import to_pixels
-from smalto.data.write import write_json
+from smalto.errors import InputError, PathInUse
 from smalto.evaluation.generator import SampleRows, measure_generator
 from smalto.evaluation.pairs import from_sets, from_tokenizer, measure_pairs
 from smalto.evaluation.references import describe, find_reference
 from smalto.evaluation.report import Measured, flat, show
 from smalto.evaluation.samples import from_pictures, settings_grid
 from smalto.evaluation_job import Job, code_shards, decoder, reference_images, requested
+from smalto.files import write_json
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reconstruction import ReconstructionMetrics
 from smalto.metrics.reference import Reference
@@ -91,7 +92,7 @@ def check(config: DictConfig) -> None:
     if min(counts(config)) < 2:
         problems.append(f"num_samples is {config.num_samples}, every count must be at least 2")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputError("; ".join(problems))
 
 
 def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
@@ -108,7 +109,7 @@ def claim_save(job: Job) -> None:
     if save is None or job.config.overwrite or job.part_dir.exists():
         return
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise FileExistsError(f"save={save} is in use; give a new folder, or overwrite=true to write into it")
+        raise PathInUse(f"save={save} is in use; give a new folder, or overwrite=true to write into it")
     job.part_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -197,18 +198,18 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
     if loaded is not None:
         classes = getattr(loaded.task.net.conditioner, "num_classes", None)
         if classes is None:
-            raise ValueError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
+            raise InputError(f"{config.ckpt} is conditioned on text; class-conditional generators are measured here")
     else:
         pictures = open_pictures(config.samples, image_size=config.image_size, split=None)
         wanted, side = counts(config, len(pictures)), pictures.read(range(1)).shape[-1]
         if side != (config.protocol.eval_size or side):
-            raise ValueError(
+            raise InputError(
                 f"{config.samples} has images of {side} px, protocol={config.protocol.name} measures at "
                 f"{config.protocol.eval_size}; they must be resized before they are rounded (smalto sample eval_size="
                 f"{config.protocol.eval_size}), or set protocol.eval_size=null to measure them as they are"
             )
         if max(wanted) > len(pictures):
-            raise ValueError(
+            raise InputError(
                 f"{config.samples} holds {len(pictures)} images, {max(wanted)} are needed (num_samples, or protocol="
                 f"{config.protocol.name}); FID depends on the number, so fewer are not taken silently: give num_samples"
             )

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.ranks import Ranks
+from smalto.errors import InputError
 from smalto.metrics.reference import Kind
 from smalto.runtime import build, results_folder, wanted_device
 from smalto.tasks.checkpoint import LoadedTask
@@ -101,7 +102,7 @@ def reference_images(job: Job) -> tuple[Path, int | None]:
     if loaded.kind == "gpt":
         node = ((loaded.config.get("callbacks") or {}).get("generation") or {}).get("reference") or {}
     if "path" not in node:
-        raise ValueError(f"{config.ckpt} knows of no reference images; give reference=IMAGES: a folder, .npz or shards")
+        raise InputError(f"{config.ckpt} knows of no reference images; give reference=IMAGES: a folder, .npz or shards")
     return Path(node["path"]), size
 
 
@@ -119,7 +120,7 @@ def decoder(loaded: LoadedTask) -> Any:
     """What makes pictures: the network of a tokenizer, the tokenizer of a generator."""
     found = loaded.task.tokenizer if loaded.kind == "gpt" else loaded.task.net
     if found is None:
-        raise ValueError("this generator carries no tokenizer; give tokenizer_ckpt=PATH to see pictures")
+        raise InputError("this generator carries no tokenizer; give tokenizer_ckpt=PATH to see pictures")
     return found
 
 

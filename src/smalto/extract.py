@@ -24,6 +24,7 @@ from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, META, read_meta
 from smalto.data.text_blocks import text_dim
 from smalto.data.transforms import to_float
+from smalto.errors import InputError
 from smalto.runtime import hydra_main, record_summary, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.tokenizers.precision import code_agreement, encode, has_fast_bf16, use_bf16
@@ -243,7 +244,7 @@ def _opened_by_the_first(folder: OutputFolder, ranks: Ranks) -> Iterator[bool]:
         if failure is not None:
             raise failure
         if problem:
-            raise ValueError(f"the first process stopped: {problem}")
+            raise InputError(f"the first process stopped: {problem}")
         yield finished
 
 
@@ -274,7 +275,7 @@ def _check(
     if workers < 0:
         problems.append(f"workers is {workers}, must be at least 0 (0: no extra process)")
     if problems:
-        raise ValueError("extract: " + "; ".join(problems))
+        raise InputError("extract: " + "; ".join(problems))
 
 
 @hydra_main("extract")

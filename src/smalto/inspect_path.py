@@ -21,6 +21,7 @@ from smalto.data.health import shard_meta, shard_problems
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES
 from smalto.data.transforms import center_crop, to_uint8
+from smalto.errors import InputError, MissingFile
 from smalto.runtime import hydra_main
 from smalto.sampling.sheet import image_sheet
 from smalto.tasks.checkpoint import EMA_KEY, about_run, load_tokenizer, read_checkpoint
@@ -38,7 +39,7 @@ def run(config: DictConfig) -> Facts:
     """
     path = Path(config.path)
     if not path.exists():
-        raise FileNotFoundError(f"nothing at {path}; give a folder of shards or codes, a checkpoint, or a run folder")
+        raise MissingFile(f"nothing at {path}; give a folder of shards or codes, a checkpoint, or a run folder")
     meta = shard_meta(path)
     picture: Tensor | None = None
     if meta is not None:
@@ -58,7 +59,7 @@ def run(config: DictConfig) -> Facts:
         checked = "checkpoints are whole files"
     else:
         begun = " (it holds an unfinished job: run the same command again)" if (path / "plan.json").exists() else ""
-        raise ValueError(f"{path} is neither a finished set of shards or codes nor a run folder{begun}")
+        raise InputError(f"{path} is neither a finished set of shards or codes nor a run folder{begun}")
     facts["health"] = "; ".join(problems) if problems else f"good, checked: {checked}"
     if picture is not None:
         out = Path(config.picture or f"{config.paths.outputs}/inspect/{path.resolve().name}.png")
@@ -67,7 +68,7 @@ def run(config: DictConfig) -> Facts:
         facts["picture"] = str(out)
     show(facts, title=f"{path}")
     if problems:
-        raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
+        raise InputError(f"{path} is damaged: {'; '.join(problems)}")
     return facts
 
 

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from smalto.data.write import write_json
+from smalto.errors import InputError, PathInUse
+from smalto.files import write_json
 from smalto.losses.perceptual import vgg_cache_path
 from smalto.planning.dataset import code_shard_bytes, stored_bytes, training_images
 from smalto.planning.device import Device
@@ -37,7 +38,7 @@ def run(config: DictConfig) -> Plan:
     """
     start = time.perf_counter()
     if config.out is not None and Path(config.out).is_dir():
-        raise FileExistsError(f"out={config.out} is a folder; give the name of a JSON file")
+        raise PathInUse(f"out={config.out} is a folder; give the name of a JSON file")
     plan = make_plan(config)
     plan["planned_in_seconds"] = time.perf_counter() - start
     show(plan)
@@ -54,7 +55,7 @@ def make_plan(config: DictConfig) -> Plan:
     settings, kind = config.plan, config.kind
     _check(settings)
     if config.device not in config.devices:
-        raise ValueError(f"device is {config.device!r}, choose one of {', '.join(config.devices)} (conf/_devices.yaml)")
+        raise InputError(f"device is {config.device!r}, choose one of {', '.join(config.devices)} (conf/_devices.yaml)")
     device: Device = build(config.devices[config.device])
     notes: list[str] = []
     trainer: Any = OmegaConf.to_container(config.trainer, resolve=True)
@@ -63,13 +64,13 @@ def make_plan(config: DictConfig) -> Plan:
     device.peak_flops(precision)
     batch = data["batch_size"]
     if batch % devices:
-        raise ValueError(
+        raise InputError(
             f"data.batch_size={batch} cannot be divided among {devices} devices (trainer.devices x trainer.num_nodes); "
             "choose a multiple"
         )
     strategy = _strategy(trainer["strategy"], devices)
     if kind == "tokenizer" and strategy == "fsdp":
-        raise ValueError("strategy=fsdp shards transformers; train a tokenizer with strategy=ddp")
+        raise InputError("strategy=fsdp shards transformers; train a tokenizer with strategy=ddp")
     frozen = _frozen(config)
     task = _outline(config, notes)
     tokens = task.net.num_codes if kind == "gpt" else sum(rows * columns for rows, columns in task.net.code_shape)
@@ -166,16 +167,16 @@ def _check(settings: DictConfig) -> None:
     if not 0 <= settings.headroom < 1:
         problems.append(f"plan.headroom is {settings.headroom}, must be in [0, 1): a share of the device's memory")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputError("; ".join(problems))
 
 
 def _precision(wanted: Any, kind: str) -> str:
     short = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
     precision = short.get(str(wanted), str(wanted))
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {wanted!r}, a plan knows {', '.join(PRECISIONS)}")
+        raise InputError(f"trainer.precision is {wanted!r}, a plan knows {', '.join(PRECISIONS)}")
     if kind == "tokenizer" and precision == "16-mixed":
-        raise ValueError("trainer.precision is 16-mixed, which a tokenizer cannot train in; use bf16-mixed or 32-true")
+        raise InputError("trainer.precision is 16-mixed, which a tokenizer cannot train in; use bf16-mixed or 32-true")
     return precision
 
 
@@ -183,7 +184,7 @@ def _devices(trainer: dict[str, Any]) -> int:
     each = trainer["devices"]
     count = len(each) if isinstance(each, list) else int(each) if str(each).isdigit() else 0
     if count < 1:
-        raise ValueError(f"trainer.devices is {each!r}; a plan needs a number of devices per node: trainer.devices=8")
+        raise InputError(f"trainer.devices is {each!r}; a plan needs a number of devices per node: trainer.devices=8")
     return count * trainer["num_nodes"]
 
 

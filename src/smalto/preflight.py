@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from smalto.errors import InputError
+
 
 def preflight(plain: dict[str, Any]) -> None:
     """Stop a training that cannot run here.
@@ -18,7 +20,7 @@ def preflight(plain: dict[str, Any]) -> None:
     """
     problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain))]
     if problems:
-        raise ValueError("\n\n".join(problems))
+        raise InputError("\n\n".join(problems))
 
 
 def devices(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ from smalto.data.pool import available_cpus
 from smalto.data.shards import IMAGES
 from smalto.data.sources import Source
 from smalto.data.splits import listing, plan_splits
+from smalto.errors import InputError
 from smalto.runtime import build, hydra_main, record_summary
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _check(
     if max_rejected < 0:
         problems.append(f"max_rejected is {max_rejected}, must be at least 0")
     if problems:
-        raise ValueError("prepare: " + "; ".join(problems))
+        raise InputError("prepare: " + "; ".join(problems))
 
 
 @hydra_main("prepare")

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import train
+from smalto.errors import InputError, MissingFile
 from smalto.runtime import USER_ERRORS, fail, mark_launch, setup_logging
 from smalto.sweeps.sweep import again, is_sweep
 
@@ -20,11 +21,11 @@ def run(folder: Path) -> dict[str, float]:
     """
     file = folder / "config.yaml"
     if not file.exists():
-        raise FileNotFoundError(f"{folder} is not the folder of a run (it holds no config.yaml); give one of outputs/")
+        raise MissingFile(f"{folder} is not the folder of a run (it holds no config.yaml); give one of outputs/")
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     if Path(config.run_dir).resolve() != folder.resolve():
-        raise ValueError(f"{folder} was made as {config.run_dir}; move it back there to continue it")
+        raise InputError(f"{folder} was made as {config.run_dir}; move it back there to continue it")
     return train.run(config)
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     setup_logging()
     try:
         if len(sys.argv) != 2:
-            raise ValueError("give one folder of a run or a sweep: smalto resume outputs/...")
+            raise InputError("give one folder of a run or a sweep: smalto resume outputs/...")
         folder = Path(sys.argv[1])
         if is_sweep(folder):
             again(folder)

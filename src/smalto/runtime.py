@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from smalto import __version__
+from smalto.errors import InputError
 from smalto.sweeps.jobs import WRONG_SETTINGS as USER_ERRORS
 from smalto.sweeps.jobs import run_job
 from smalto.sweeps.names import current_job_name
@@ -225,7 +226,7 @@ def wanted_device(name: str) -> torch.device:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     valid = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
     if name not in valid:
-        raise ValueError(f"device is {name!r}, choose one of {', '.join(valid)} (what this machine has)")
+        raise InputError(f"device is {name!r}, choose one of {', '.join(valid)} (what this machine has)")
     return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
 
 

@@ -18,6 +18,7 @@ from smalto.data.progress import progress
 from smalto.data.reader import ImageReader
 from smalto.data.shards import IMAGES
 from smalto.data.transforms import to_pixels
+from smalto.errors import InputError
 from smalto.runtime import build, hydra_main, record, results_folder, wanted_device
 from smalto.sampling.packed import resolve_dtype
 from smalto.sampling.requests import balanced_labels
@@ -43,13 +44,13 @@ def run(config: DictConfig) -> dict[str, Any]:
         FileExistsError: ``out`` is in use, or holds samples of other settings.
     """
     if config.format not in ("png", "wds"):
-        raise ValueError(f"format is {config.format!r}, must be png (files and an .npz) or wds (WebDataset shards)")
+        raise InputError(f"format is {config.format!r}, must be png (files and an .npz) or wds (WebDataset shards)")
     for key in ("num_images", "shard_size"):
         if config[key] < 1:
-            raise ValueError(f"{key} is {config[key]}, must be at least 1")
+            raise InputError(f"{key} is {config[key]}, must be at least 1")
     loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
     if loaded.kind != "gpt":
-        raise ValueError(
+        raise InputError(
             f"{config.ckpt} is a {loaded.kind}; samples are drawn from a generator (smalto train task=gpt)"
         )
     sampling: SamplingConfig = build(config.sampling)
@@ -119,7 +120,7 @@ def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
     names = loaded.classes
     count = getattr(loaded.task.net.conditioner, "num_classes", None)
     if count is None:
-        raise ValueError("this generator is conditioned on text features; smalto sample draws for classes only")
+        raise InputError("this generator is conditioned on text features; smalto sample draws for classes only")
     if labels is None:
         return list(range(count))
     wanted = []
@@ -129,7 +130,7 @@ def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
         elif isinstance(label, int):
             wanted.append(label)
         else:
-            raise ValueError(
+            raise InputError(
                 f"labels has {label!r}; give class numbers, or names of {', '.join(names) or '(none known)'}"
             )
     return wanted

@@ -17,8 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from smalto.data.ranks import leads
+from smalto.errors import PathInUse
+from smalto.files import FileLock
 from smalto.runtime import USER_ERRORS, cause, keep_freed_memory, setup_logging
-from smalto.sweeps.devices import locked
 from smalto.sweeps.jobs import main_metric, one_line, read_record, write_record
 from smalto.sweeps.names import LAUNCHER_PID
 from smalto.sweeps.process import PATIENCE
@@ -63,14 +64,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder of a job; an earlier process there has a minute to save and stop.
 
     Raises:
-        ValueError: another process still works there.
+        PathInUse: another process still works there.
     """
-    with (folder / ".lock").open("w") as file:
-        end = time.monotonic() + PATIENCE
-        while not locked(file):
-            if time.monotonic() > end:
-                raise ValueError(f"another process works in {folder}; wait for it, or stop it, and continue the sweep")
-            time.sleep(0.5)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(patience=PATIENCE)
+    except PathInUse as error:
+        raise PathInUse(f"{error}; wait for it, or stop it, and continue the sweep") from None
+    with lock:
         yield
 
 

@@ -15,7 +15,8 @@ from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, n
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
 from smalto.data.ranks import leads
-from smalto.data.write import write_bytes
+from smalto.errors import InputError
+from smalto.files import write_bytes
 from smalto.preflight import preflight
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
@@ -101,7 +102,7 @@ def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None
         return None
     difference = differing_keys(yaml.safe_load(config_file.read_text()), plain)
     if difference:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(difference[:6])}); choose another "
             "hydra.run.dir=, give the same settings to continue it, or overwrite=true to replace it"
         )

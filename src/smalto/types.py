@@ -7,6 +7,8 @@ from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
+from smalto.errors import InputError
+
 CodeShape = tuple[tuple[int, int], ...]
 """Grids of codes in generation order: ``((16, 16),)`` for a raster model, one entry per scale for next-scale models."""
 
@@ -102,7 +104,7 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p is {self.top_p}, must be in (0, 1] (1 = all codes)")
         if problems:
-            raise ValueError("sampling: " + "; ".join(problems))
+            raise InputError("sampling: " + "; ".join(problems))
 
 
 class SamplesImages(Protocol):

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks import ceilings, data, metrics, sampling, tokenizer, training
 from benchmarks.machine import describe_machine
 from benchmarks.rows import Row
-from smalto.data.write import write_json
+from smalto.files import write_json
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""

@@ -32,7 +32,8 @@ from benchmarks.rows import Row, arguments, time_row
 from smalto.data.codes import CodeShards, add_code_block
 from smalto.data.images import ImageShards
 from smalto.data.transforms import TEN_CROPS, to_float
-from smalto.data.write import TarShard, write_json
+from smalto.data.write import TarShard
+from smalto.files import write_json
 
 SIZE, ENTRIES, BATCH = 256, 16_384, 64
 

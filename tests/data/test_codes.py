@@ -7,7 +7,8 @@ import torch
 
 from smalto.data.codes import CodeReader, CodeShards, add_code_block, code_dtype
 from smalto.data.transforms import TEN_CROPS
-from smalto.data.write import TarShard, npy_bytes, write_json
+from smalto.data.write import TarShard, npy_bytes
+from smalto.files import write_json
 
 TOKENS, CODEBOOK = 6, 50
 SHAPE = [[2, 3]]

@@ -16,7 +16,8 @@ from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint
 from smalto.data.encode import Item, Recipe, encode
 from smalto.data.images import ImageShards
 from smalto.data.sources import Record
-from smalto.data.write import TarShard, write_json
+from smalto.data.write import TarShard
+from smalto.files import write_json
 
 TRAIN, VAL, BATCH = 22, 7, 4
 

@@ -10,7 +10,8 @@ from smalto.data.images import ImageShards
 from smalto.data.order import sample_rng
 from smalto.data.sources import Record
 from smalto.data.transforms import center_crop, random_crop
-from smalto.data.write import TarShard, write_json
+from smalto.data.write import TarShard
+from smalto.files import write_json
 
 SIZE = 8
 

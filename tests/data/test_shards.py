@@ -7,7 +7,8 @@ import pytest
 
 from smalto.data.patterns import expand_paths
 from smalto.data.shards import CODES, IMAGES, map_member, read_member, read_meta, tar_members
-from smalto.data.write import TarShard, npy_bytes, write_json
+from smalto.data.write import TarShard, npy_bytes
+from smalto.files import write_json
 
 
 def written(path, members):

@@ -15,7 +15,8 @@ from smalto.data.source_idx import FashionMnist, Idx
 from smalto.data.source_parquet import Parquet
 from smalto.data.source_tar import Tar
 from smalto.data.sources import Folder
-from smalto.data.write import TarShard, write_json
+from smalto.data.write import TarShard
+from smalto.files import write_json
 
 
 def png(value: int) -> bytes:

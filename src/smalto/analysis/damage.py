@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from smalto.errors import InputError
+
 
 def blur(image: Tensor, *, sigma: float) -> Tensor:
     """Gaussian blur of uint8 (N, 3, H, W), reflected at the edges.
@@ -22,7 +24,7 @@ def blur(image: Tensor, *, sigma: float) -> Tensor:
     """
     radius = math.ceil(3 * sigma)
     if not 0 <= radius < min(image.shape[-2:]):
-        raise ValueError(
+        raise InputError(
             f"sigma is {sigma} px; 3 sigma must be >= 0 and less than the image's {min(image.shape[-2:])} px"
         )
     return gaussian_blur(image, kernel_size=[2 * radius + 1] * 2, sigma=[sigma] * 2) if sigma else image.clone()
@@ -40,7 +42,7 @@ def noise(image: Tensor, *, std: float, generator: torch.Generator) -> Tensor:
         ValueError: a negative std.
     """
     if std < 0:
-        raise ValueError(f"std is {std}, must be >= 0 (grey levels)")
+        raise InputError(f"std is {std}, must be >= 0 (grey levels)")
     added = std * torch.randn(image.shape, generator=generator)
     return (image + added).round_().clamp_(0, 255).byte()
 
@@ -56,7 +58,7 @@ def jpeg(image: Tensor, *, loss: int) -> Tensor:
         ValueError: another loss.
     """
     if not 0 <= loss < 100:
-        raise ValueError(f"loss is {loss}, must be 0 to 99 (100 minus JPEG quality)")
+        raise InputError(f"loss is {loss}, must be 0 to 99 (100 minus JPEG quality)")
     return torch.stack([_recoded(picture, quality=100 - loss) for picture in image]) if loss else image.clone()
 
 
@@ -80,10 +82,10 @@ def drop_classes(image: Tensor, label: Tensor, *, num_dropped: int, num_images: 
     """
     classes = label.unique()
     if not 0 <= num_dropped < len(classes):
-        raise ValueError(f"num_dropped is {num_dropped}; of {len(classes)} classes drop 0 to {len(classes) - 1}")
+        raise InputError(f"num_dropped is {num_dropped}; of {len(classes)} classes drop 0 to {len(classes) - 1}")
     kept = image[torch.isin(label, classes[: len(classes) - num_dropped])]
     if len(kept) < num_images:
-        raise ValueError(
+        raise InputError(
             f"{len(classes) - num_dropped} of {len(classes)} classes hold {len(kept)} images, {num_images} are "
             "needed; drop fewer classes, ask for fewer images or bring more"
         )
@@ -101,7 +103,7 @@ def duplicate(image: Tensor, *, share: float) -> Tensor:
         ValueError: share outside [0, 1).
     """
     if not 0 <= share < 1:
-        raise ValueError(f"share is {share}, must be in [0, 1)")
+        raise InputError(f"share is {share}, must be in [0, 1)")
     distinct = max(1, round(len(image) * (1 - share)))
     return image[torch.arange(len(image)) % distinct]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from smalto.analysis.damage import blur, drop_classes, duplicate, jpeg, noise
 from smalto.data.progress import progress
 from smalto.data.transforms import to_float
+from smalto.errors import InputError
 from smalto.losses.perceptual import PerceptualLoss
 from smalto.metrics.distribution import FrechetDistance
 from smalto.metrics.features import FeatureExtractor
@@ -59,9 +60,9 @@ def study(
         ValueError: an unknown damage, a level out of range, or too few images.
     """
     if unknown := set(levels) - set(LEVELS):
-        raise ValueError(f"unknown damage {', '.join(sorted(unknown))}; there are {', '.join(LEVELS)}")
+        raise InputError(f"unknown damage {', '.join(sorted(unknown))}; there are {', '.join(LEVELS)}")
     if not 0 < num_images <= len(image) // 2:
-        raise ValueError(f"num_images is {num_images}; of {len(image)} images it can be 1 to {len(image) // 2}")
+        raise InputError(f"num_images is {num_images}; of {len(image)} images it can be 1 to {len(image) // 2}")
     order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
     held_out = order[len(image) // 2 :]
     reference, image, label = image[order[:num_images]], image[held_out], label[held_out]
@@ -100,7 +101,7 @@ def _damaged(
 ) -> tuple[Tensor, Tensor]:
     """Originals and what became of them, both uint8 (N, 3, H, W)."""
     if damage in ("jpeg", "dropped_classes") and level != int(level):
-        raise ValueError(f"level {level} of {damage} must be a whole number")
+        raise InputError(f"level {level} of {damage} must be a whole number")
     first = image[:num_images]
     if damage == "blur":
         return first, blur(first, sigma=level)

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 from scipy.stats import t as student_t
 
+from smalto.errors import InputError
+
 EXPONENTS = (0.01, 4.0)
 """Exponents that a fit may find; at the ends of this range data say nothing about a power law."""
 
@@ -89,13 +91,13 @@ def fit_power_law(
     x, y = np.asarray(x, float), np.asarray(y, float)
     unknowns = 3 if offset is None else 2
     if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"x and y must be two lists of one length, they have shapes {x.shape} and {y.shape}")
+        raise InputError(f"x and y must be two lists of one length, they have shapes {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all()):
-        raise ValueError("a power law needs finite values and positive x")
+        raise InputError("a power law needs finite values and positive x")
     if len(np.unique(x)) < unknowns:
-        raise ValueError(f"{len(np.unique(x))} different sizes are too few for {unknowns} unknowns; add runs")
+        raise InputError(f"{len(np.unique(x))} different sizes are too few for {unknowns} unknowns; add runs")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, must be between 0 and 1, for instance 0.95")
+        raise InputError(f"confidence is {confidence}, must be between 0 and 1, for instance 0.95")
     middle = float(np.exp(np.log(x).mean()))  # around it a and b are nearly independent
 
     def solve(log_b: float) -> tuple[np.ndarray, float]:
@@ -112,9 +114,9 @@ def fit_power_law(
     (a, c), _ = solve(log_b)
     b = math.exp(log_b)
     if a <= 0:
-        raise ValueError("y does not fall with x")
+        raise InputError("y does not fall with x")
     if best in (0, len(grid) - 1):
-        raise ValueError(f"no exponent between {EXPONENTS[0]:g} and {EXPONENTS[1]:g} fits; the points are no power law")
+        raise InputError(f"no exponent between {EXPONENTS[0]:g} and {EXPONENTS[1]:g} fits; the points are no power law")
     free = 3 if offset is None and c > 0 else 2
     jacobian = _jacobian(x / middle, a, b, free)
     left = len(x) - free

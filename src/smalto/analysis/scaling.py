@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smalto.errors import InputError
 from smalto.nn.mlp import swiglu_hidden_size
 
 
@@ -51,7 +52,7 @@ class GPTShape:
         if (self.num_classes is None) == (self.text_dim is None):
             problems.append("give num_classes for a class-conditional model, or text_dim for a text-conditional one")
         if problems:
-            raise ValueError("GPTShape: " + "; ".join(problems))
+            raise InputError("GPTShape: " + "; ".join(problems))
 
     @classmethod
     def from_run(cls, run: Mapping[str, Any]) -> "GPTShape":
@@ -67,7 +68,7 @@ class GPTShape:
         sizes = {name: number(name) for name in ("dim", "num_layers", "num_heads", "vocab_size")}
         missing = [name for name in (*sizes, "code_shape") if value(name) is None]
         if missing:
-            raise ValueError(f"the run does not say model/{', model/'.join(missing)}; is it a run of a GPT?")
+            raise InputError(f"the run does not say model/{', model/'.join(missing)}; is it a run of a GPT?")
         return cls(
             **{name: size for name, size in sizes.items() if size is not None},
             num_codes=sum(rows * columns for rows, columns in value("code_shape")),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from smalto.errors import InputError
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -91,7 +93,7 @@ def read_csv(path: Path) -> tuple[pd.DataFrame, str]:
     lines = path.read_text().splitlines()
     origin = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
     if not origin:
-        raise ValueError(f"{path} does not say where it is from; write it with smalto.analysis.shown.write_csv")
+        raise InputError(f"{path} does not say where it is from; write it with smalto.analysis.shown.write_csv")
     return pd.read_csv(path, comment="#"), origin
 
 

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from smalto.callbacks.agreement import Agreement
-from smalto.data.write import commit
+from smalto.errors import InputError, StorageError
+from smalto.files import commit
 from smalto.tasks.sharded_folder import damage
 from smalto.tasks.strategy import ShardedStrategy
 
@@ -43,7 +44,7 @@ class LatestCheckpoint(Checkpoint):
 
     def __init__(self, *, dirpath: str | Path, every_n_steps: int, keep: int = 1) -> None:
         if every_n_steps < 1 or keep < 0:
-            raise ValueError(
+            raise InputError(
                 f"callbacks.checkpoint: every_n_steps is {every_n_steps} (needs >= 1), keep is {keep} (needs >= 0)"
             )
         self.folder = Path(dirpath)
@@ -165,7 +166,7 @@ class LatestCheckpoint(Checkpoint):
         except OSError as error:
             remove(path.with_suffix(UNFINISHED))
             newest = newest_checkpoint(self.folder)
-            raise OSError(
+            raise StorageError(
                 f"could not write {path}: {error.strerror or error}; "
                 f"{f'{newest} stays good' if newest else 'nothing was saved yet'}: make room there and run the same "
                 "command again to go on"

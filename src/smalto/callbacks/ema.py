@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from smalto.errors import InputError
 from smalto.tasks.checkpoint import EMA_KEY
 
 
@@ -25,7 +26,7 @@ class EMA(L.Callback):
 
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"callbacks.ema.decay is {decay}, must be in [0, 1)")
+            raise InputError(f"callbacks.ema.decay is {decay}, must be in [0, 1)")
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0

@@ -13,6 +13,7 @@ import torch
 from smalto.callbacks.ema import averaged_weights
 from smalto.callbacks.pictures import log_picture, log_values
 from smalto.data.images import ImageShards
+from smalto.errors import InputError, MissingFile
 from smalto.evaluation.references import find_reference
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reference import Reference
@@ -98,19 +99,19 @@ class Generation(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Fail before training, not after hours of it, when there is nothing to compare with or to decode with."""
         if getattr(pl_module, "tokenizer_ckpt", None) is None:
-            raise ValueError(
+            raise InputError(
                 "callbacks.generation decodes samples, which needs the tokenizer: set task.tokenizer_ckpt=PATH, or "
                 "callbacks=none to train without pictures"
             )
         self.reference.setup("fit")
         if self.reference.num_classes is None or self.reference.num_val == 0:
-            raise ValueError(
+            raise InputError(
                 "callbacks.generation.reference has no labelled validation images to compare with; prepare the images "
                 "with labels and val_fraction > 0"
             )
         self.num_classes: int = self.reference.num_classes
         if self.reference_file is not None and not Path(self.reference_file).exists():
-            raise FileNotFoundError(f"callbacks.generation.reference_file={self.reference_file} is not there")
+            raise MissingFile(f"callbacks.generation.reference_file={self.reference_file} is not there")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Evaluate when the interval is full."""
@@ -214,5 +215,5 @@ def _tiers(name: str, counts: int | Sequence[int]) -> list[int]:
     if wanted in ([0], []):
         return []
     if min(wanted) < 2:
-        raise ValueError(f"callbacks.generation.{name} is {counts}; every count must be at least 2, or 0 for none")
+        raise InputError(f"callbacks.generation.{name} is {counts}; every count must be at least 2, or 0 for none")
     return sorted(set(wanted))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint
+from smalto.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class GradientGuard(L.Callback):
 
     def __init__(self, *, patience: int = 20, spike_factor: float | None = 100.0) -> None:
         if patience < 1 or (spike_factor is not None and spike_factor <= 1):
-            raise ValueError(
+            raise InputError(
                 f"callbacks.gradient_guard: patience is {patience} (needs >= 1), spike_factor is {spike_factor} "
                 "(needs > 1, or null)"
             )
@@ -90,7 +91,7 @@ class GradientGuard(L.Callback):
         start = (
             f"{good} holds good weights: start anew with init_from={good}" if good else "nothing was saved: start anew"
         )
-        raise ValueError(
+        raise InputError(
             f"the gradients of the last {row} steps, up to step {trainer.global_step}, were not finite or above "
             f"{self.spike_factor} times their average; {start}, a lower task.optimizer.lr, "
             "or a higher callbacks.gradient_guard.patience or spike_factor"

@@ -20,6 +20,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from smalto.errors import InputError
+
 POLL = 0.5
 """Seconds between two looks at the other processes."""
 GRACE = 20.0
@@ -103,7 +105,7 @@ class RankWatch:
         if self._dead() is not None:
             text = self._obituary()
             self._end_others()
-            raise ValueError(text) from error
+            raise InputError(text) from error
 
     @property
     def _processes(self) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from smalto.errors import InputError
 from smalto.nn.peak import peak_tflops as find_peak
 
 
@@ -28,7 +29,7 @@ class Throughput(L.Callback):
 
     def __init__(self, *, window: int = 50, peak_tflops: float | str | None = None) -> None:
         if window < 1:
-            raise ValueError(f"callbacks.throughput.window is {window}, must be at least 1")
+            raise InputError(f"callbacks.throughput.window is {window}, must be at least 1")
         if peak_tflops is not None:
             find_peak(peak_tflops, torch.device("cpu"), torch.float32)  # a wrong name is told before anything is loaded
         self.window = window

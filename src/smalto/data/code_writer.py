@@ -17,7 +17,9 @@ from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
 from smalto.data.text_blocks import LENGTH, TEXT, read_features
 from smalto.data.transforms import to_float
-from smalto.data.write import TarShard, npy_bytes, write_bytes
+from smalto.data.write import TarShard, npy_bytes
+from smalto.errors import InputError, StorageError
+from smalto.files import write_bytes
 
 
 class CodeWriter:
@@ -121,7 +123,7 @@ class CodeWriter:
                 self._pack(split, shard, blocks, reader.labels)
                 name = f"{split}-{shard:05d}.tar"
                 if name not in self._folder.done:
-                    raise OSError(
+                    raise StorageError(
                         f"blocks of {name} that other processes wrote to {self._folder.path} are not to be seen here; "
                         "run the same command again when the file system shows them"
                     )
@@ -187,13 +189,13 @@ class CodeWriter:
     def _encode_crops(self, crops: Tensor) -> np.ndarray:
         codes = self._encode_images(to_float(crops.to(self._device, non_blocking=True)))
         if codes.shape != (len(crops), self._num_tokens):
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer gave codes of shape {tuple(codes.shape)} for {len(crops)} images of "
                 f"{self._image_size} pixels; its code_shape says {self._num_tokens} codes each"
             )
         lowest, highest = int(codes.min()), int(codes.max())
         if lowest < 0 or highest >= self._codebook_size:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer gave codes from {lowest} to {highest}; its codebook has {self._codebook_size}"
             )
         stored = codes.cpu().numpy().astype(code_dtype(self._codebook_size))

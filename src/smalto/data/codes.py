@@ -14,6 +14,7 @@ from smalto.data.order import sample_uniform
 from smalto.data.shards import CODES, Member, ShardFiles, map_member, read_meta, tar_members
 from smalto.data.text_blocks import TextReader
 from smalto.data.write import TarShard, npy_bytes
+from smalto.errors import InputError
 
 _CROP = 1  # stream number of the choice of crop
 
@@ -73,7 +74,7 @@ class CodeReader:
                     blocks.append((number, block.offset))
                     counts.append(len(block))
             if sum(counts) - before != shard["num_images"]:
-                raise ValueError(
+                raise InputError(
                     f"{file} holds codes of {sum(counts) - before} images, meta.json says {shard['num_images']}; "
                     "extract it again with overwrite=true"
                 )
@@ -81,14 +82,14 @@ class CodeReader:
         self._shard, self._offset = np.array(blocks, np.int64).reshape(-1, 2).T
         self.labels = np.concatenate(labels)
         if len(self.labels) != len(self):
-            raise ValueError(f"{path} holds {len(self.labels)} labels for the codes of {len(self)} images of {split}")
+            raise InputError(f"{path} holds {len(self.labels)} labels for the codes of {len(self)} images of {split}")
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def _check(self, block: np.memmap, member: Member, file: Path) -> None:
         if block.dtype != self._dtype or block.shape[1:] != (self._num_crops, self._num_tokens):
-            raise ValueError(
+            raise InputError(
                 f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says {self._dtype} "
                 f"(n, {self._num_crops}, {self._num_tokens}); extract it again with overwrite=true"
             )
@@ -110,7 +111,7 @@ class CodeReader:
         places = zip(self._shard[block].tolist(), offsets.tolist(), strict=True)
         rows = b"".join([os.pread(files[shard], size, offset) for shard, offset in places])
         if len(rows) != size * len(indices):
-            raise ValueError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
+            raise InputError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
         return np.frombuffer(rows, self._dtype).reshape(len(indices), self._num_tokens).astype(np.int64)
 
 
@@ -166,12 +167,12 @@ class CodeShards(StatelessDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
         if condition not in ("label", "text") or (condition == "text") != (text_tokens is not None and text_tokens > 0):
-            raise ValueError(
+            raise InputError(
                 f"condition is {condition!r} and text_tokens is {text_tokens}; condition must be label (with "
                 "text_tokens=null) or text (with text_tokens, the length of the model's prefix)"
             )
         if crops not in ("all", "center", "no_flip"):
-            raise ValueError(f"crops is {crops!r}; it must be all, center or no_flip")
+            raise InputError(f"crops is {crops!r}; it must be all, center or no_flip")
         self.path = Path(path)
         self._codebook_size = codebook_size
         self._code_shape = [list(scale) for scale in code_shape]
@@ -191,7 +192,7 @@ class CodeShards(StatelessDataModule):
         plain = [number for number, name in enumerate(names) if not _is_mirrored(name)]
         centers = [number for number in plain if names[number].partition("@")[0] == "center"]
         if not centers:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} has no centre crop, which validation needs (it has {', '.join(names)}); "
                 "run smalto extract again with crops=ten, center_flip or center"
             )
@@ -220,7 +221,7 @@ class CodeShards(StatelessDataModule):
             ValueError: the images have no labels.
         """
         if self.num_classes is None:
-            raise ValueError(f"the images of {self.path} have no labels")
+            raise InputError(f"the images of {self.path} have no labels")
         return np.bincount(self._readers["train"].labels, minlength=self.num_classes) / self.num_train
 
     def code_histogram(self, split: Literal["train", "val"] = "train") -> np.ndarray:
@@ -251,7 +252,7 @@ class CodeShards(StatelessDataModule):
         if self._fingerprint is not None and found != self._fingerprint:
             problems.append(f"tokenizer weights {found}, the model expects {self._fingerprint}")
         if problems:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} was extracted with {'; '.join(problems)}. It was made by "
                 f"{meta['tokenizer']['path']}: "
                 "choose the tokenizer options that match it, or run smalto extract with the "

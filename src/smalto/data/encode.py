@@ -8,6 +8,7 @@ from PIL import Image
 
 from smalto.data.sources import Record
 from smalto.data.transforms import center_crop, decode_image, pad_to, resize_short_side, to_rgb
+from smalto.errors import InputError
 
 Resize = Literal["keep", "center_crop", "short_side", "pad"]
 Encoding = Literal["png", "jpg", "webp"]
@@ -69,7 +70,7 @@ class Recipe:
         if self.min_side < 1:
             problems.append(f"min_side is {self.min_side}, must be at least 1 pixel")
         if problems:
-            raise ValueError("prepare: " + "; ".join(problems))
+            raise InputError("prepare: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ def encode(item: Item, recipe: Recipe) -> Encoded:
 def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, tuple[int, int]]:
     image = decode_image(source) if isinstance(source, bytes) else to_rgb(source)
     if min(image.size) < recipe.min_side:
-        raise ValueError(f"{image.width}x{image.height} pixels, min_side is {recipe.min_side}")
+        raise InputError(f"{image.width}x{image.height} pixels, min_side is {recipe.min_side}")
     if recipe.resize == "keep" and isinstance(source, bytes) and _is_stored_form(source, recipe):
         return source, (image.height, image.width)  # decoded all the same: that is the check for damage
     side = recipe.image_size
     if side is not None:
         long = max(image.size) * side // min(image.size)
         if recipe.resize != "pad" and long * side > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels: with its short side at {side} it would have {long}")
+            raise InputError(f"{image.width}x{image.height} pixels: with its short side at {side} it would have {long}")
         resize = {"center_crop": center_crop, "short_side": resize_short_side, "pad": pad_to}[recipe.resize]
         image = resize(image, side)
     buffer = io.BytesIO()
@@ -139,7 +140,7 @@ def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, t
     try:
         image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {error}") from error
+        raise InputError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {error}") from error
     return buffer.getvalue(), (image.height, image.width)
 
 

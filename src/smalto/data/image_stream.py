@@ -16,6 +16,7 @@ from smalto.data.reader import stack_pixels
 from smalto.data.shards import IMAGE_SUFFIXES
 from smalto.data.tar_stream import read_samples, shard_order, shuffled
 from smalto.data.transforms import decode_image
+from smalto.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ImageStream(IterableDataset):
         log.warning("left out %s", what)
         # a few are forgiven, or one in the first thousand images would end the run
         if self._skipped > max(10, self._max_skipped * (self._read + self._skipped)):
-            raise ValueError(
+            raise InputError(
                 f"{self._skipped} images or shards of {self._read + self._skipped} could not be read, max_skipped is "
                 f"{self._max_skipped}; the last is {what}. Repair them, leave them out of urls, or raise max_skipped"
             )

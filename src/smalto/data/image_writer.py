@@ -16,7 +16,9 @@ from smalto.data.output import REJECTED, OutputFolder
 from smalto.data.pool import ordered_map
 from smalto.data.progress import progress
 from smalto.data.sources import Source
-from smalto.data.write import TarShard, write_bytes
+from smalto.data.write import TarShard
+from smalto.errors import InputError
+from smalto.files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +94,17 @@ class ImageWriter:
         labelled = sum(record["labelled"] for record in records)
         largest = max((record["max_label"] for record in records), default=-1)
         if num_images == 0:
-            raise ValueError(
+            raise InputError(
                 f"no image of the source could be used ({len(self._rejected)} rejected); check source.path"
             )
         if labelled not in (0, num_images):
-            raise ValueError(
+            raise InputError(
                 f"{num_images - labelled} of {num_images} images have no label; give all of them "
                 "one, or none "
                 "(labels are not needed to train a tokenizer)"
             )
         if labelled and classes and largest >= len(classes):
-            raise ValueError(
+            raise InputError(
                 f"a label is {largest} but the source names {len(classes)} classes; correct source.classes"
             )
         sizes = {tuple(size) for record in records for size in record["sizes"]}
@@ -174,7 +176,7 @@ class ImageWriter:
         self._rejected.append({"name": image.name, "reason": image.reason})
         if len(self._rejected) > self._max_rejected:
             self._write_rejected()
-            raise ValueError(
+            raise InputError(
                 f"{len(self._rejected)} images could not be used, max_rejected is "
                 f"{self._max_rejected}; the last is "
                 f"{image.name}: {image.reason}. All are named in {self._folder.path / REJECTED}; "

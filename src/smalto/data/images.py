@@ -16,6 +16,7 @@ from smalto.data.patterns import is_foreign, scan_foreign
 from smalto.data.reader import ImageReader, stack_pixels
 from smalto.data.shards import IMAGES, read_meta
 from smalto.data.transforms import center_crop, random_crop
+from smalto.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ImageShards(StatelessDataModule):
         elif resize == "torch" and augment == "none":
             problems.append("resize is torch, but augment=none resizes nothing: leave it out")
         if problems:
-            raise ValueError("data: " + "; ".join(problems))
+            raise InputError("data: " + "; ".join(problems))
         self.path, self.image_size = Path(path), image_size
         self._augment, self._flip_prob, self._fast = augment, flip_prob, resize == "torch"
         self._cache_mb, self._limit_val = cache_mb, limit_val
@@ -105,7 +106,7 @@ class ImageShards(StatelessDataModule):
         wanted = [self.image_size, self.image_size]
         if self._augment == "none" and stored != wanted:
             sizes = "images of different sizes" if stored is None else f"images of {stored[0]}x{stored[1]}"
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds {sizes}, image_size is {self.image_size}, and augment=none does "
                 "not resize: set "
                 f"data.augment=center_crop, or run smalto prepare with image_size={self.image_size} "

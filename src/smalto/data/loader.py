@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smalto.data.order import epoch_order
+from smalto.errors import InputError
 
 Fetch = Callable[[int, np.ndarray], dict[str, Tensor]]
 """(epoch, indices) to a batch; called in worker processes too."""
@@ -58,13 +59,13 @@ class ResumableLoader:
         num_workers: int,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {batch_size} for {world_size} processes; the global batch must be a positive "
                 "multiple of the number of processes"
             )
         needed = batch_size if shuffle else world_size
         if num_samples < needed:
-            raise ValueError(
+            raise InputError(
                 f"{num_samples} samples are too few: one "
                 f"{'training batch' if shuffle else 'pass over the ranks'} "
                 f"needs {needed}; lower batch_size or prepare more data"

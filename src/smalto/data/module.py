@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from smalto.data.loader import ResumableLoader
+from smalto.errors import InputError
 
 
 class StatelessDataModule(LightningDataModule, ABC):
@@ -35,7 +36,7 @@ class StatelessDataModule(LightningDataModule, ABC):
         if num_workers < 0:
             problems.append(f"num_workers is {num_workers}, must be at least 0")
         if problems:
-            raise ValueError("data: " + "; ".join(problems))
+            raise InputError("data: " + "; ".join(problems))
         self._loaders: WeakSet[ResumableLoader] = WeakSet()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size

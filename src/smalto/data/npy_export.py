@@ -8,7 +8,8 @@ from smalto.data.codes import CodeReader
 from smalto.data.crops import KINDS
 from smalto.data.progress import Advance, progress
 from smalto.data.shards import CODES, read_meta
-from smalto.data.write import commit
+from smalto.errors import PathInUse
+from smalto.files import commit
 
 
 def export_npy(path: str | Path, to: str | Path) -> list[Path]:
@@ -34,7 +35,7 @@ def export_npy(path: str | Path, to: str | Path) -> list[Path]:
 
 def _export(folder: Path, reader: CodeReader, name: str, first: int, crops: int, advance: Advance) -> None:
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already; choose another to_npy=")
+        raise PathInUse(f"{folder} exists already; choose another to_npy=")
     unfinished = folder.with_name(folder.name + ".tmp")
     for kind in ("codes", "labels"):
         (unfinished / f"{name}_{kind}").mkdir(parents=True, exist_ok=True)

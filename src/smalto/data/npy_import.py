@@ -19,6 +19,7 @@ from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
 from smalto.data.shards import CODES
 from smalto.data.write import TarShard
+from smalto.errors import InputError, MissingFile
 from smalto.types import ReadyTokenizer
 
 
@@ -45,7 +46,7 @@ def import_codes(
         As ``extract_codes``.
     """
     if not set(sources) <= {"train", "val"} or "train" not in sources:
-        raise ValueError(f"from_npy has {', '.join(sources)}; give a folder, or {{train: FOLDER, val: FOLDER}}")
+        raise InputError(f"from_npy has {', '.join(sources)}; give a folder, or {{train: FOLDER, val: FOLDER}}")
     code_shape = [list(grid) for grid in tokenizer.code_shape]
     num_tokens = sum(height * width for height, width in code_shape)
     codes = {
@@ -54,7 +55,7 @@ def import_codes(
     }
     layouts = {(c.kind, tuple(c.ranges)) for c in codes.values()}
     if len(layouts) > 1:
-        raise ValueError(f"training and validation codes have different crops: {sorted(layouts)}")
+        raise InputError(f"training and validation codes have different crops: {sorted(layouts)}")
     kind, ranges = layouts.pop()
     names = crop_names(kind, ranges)
     described = {
@@ -121,10 +122,10 @@ class NpyCodes:
         self._labels = labels[0]
         self._numbers = sorted(int(p.stem) for p in self._codes[0].glob("*.npy") if p.stem.isdigit())
         if not self._numbers:
-            raise FileNotFoundError(f"no NUMBER.npy in {self._codes[0]}")
+            raise MissingFile(f"no NUMBER.npy in {self._codes[0]}")
         first = np.load(self._codes[0] / f"{self._numbers[0]}.npy")
         if first.ndim != 3 or first.shape[1] not in KINDS:
-            raise ValueError(f"{self._codes[0]} holds arrays of shape {first.shape}, must be (1, 1 or 2 or 10, tokens)")
+            raise InputError(f"{self._codes[0]} holds arrays of shape {first.shape}, must be (1, 1 or 2 or 10, tokens)")
         self.kind = KINDS[first.shape[1]]
         self.ranges = [_range(p.name) if self.kind == "ten" else 1.0 for p in paths]
 
@@ -139,7 +140,7 @@ class NpyCodes:
             parts = [_load(folder / f"{number}.npy", shape) for folder in self._codes]
             codes = np.concatenate(parts, axis=1)[0]
             if codes.min() < 0 or codes.max() >= self._codebook_size:
-                raise ValueError(
+                raise InputError(
                     f"image {number} in {self._codes[0].parent} has codes from {codes.min()} to {codes.max()}, the "
                     f"tokenizer's codebook has {self._codebook_size}; give the tokenizer_ckpt that wrote them"
                 )
@@ -197,14 +198,14 @@ def _range(name: str) -> float:
 def _subfolders(path: Path) -> tuple[Path, Path]:
     found: list[Sequence[Path]] = [sorted(path.glob(f"*_{kind}")) for kind in ("codes", "labels")]
     if [len(paths) for paths in found] != [1, 1]:
-        raise FileNotFoundError(f"{path} must hold one folder *_codes and one *_labels, as the authors' scripts write")
+        raise MissingFile(f"{path} must hold one folder *_codes and one *_labels, as the authors' scripts write")
     return found[0][0], found[1][0]
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; every image needs its codes in each range, and a label")
+        raise MissingFile(f"{path} is missing; every image needs its codes in each range, and a label")
     array = np.load(path, allow_pickle=False)
     if array.shape != shape:
-        raise ValueError(f"{path} has shape {array.shape}, must be {shape} for this tokenizer")
+        raise InputError(f"{path} has shape {array.shape}, must be {shape} for this tokenizer")
     return array

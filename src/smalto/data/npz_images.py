@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from smalto.errors import InputError, MissingFile
+
 IMAGES_KEY = "arr_0"
 LABEL_KEYS = ("labels", "arr_1")
 STATISTICS_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -41,7 +43,7 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """
     names = npz_names(path)
     if IMAGES_KEY not in names:
-        raise ValueError(
+        raise InputError(
             f"{path} has no images: {IMAGES_KEY} is missing, it holds {', '.join(sorted(names)) or 'nothing'}"
         )
     images = _mapped(path, IMAGES_KEY)
@@ -50,11 +52,11 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             images = file[IMAGES_KEY]
     if images.dtype != np.uint8:
         bad = " with NaN or infinite pixels" if images.dtype.kind == "f" and not np.isfinite(images).all() else ""
-        raise ValueError(
+        raise InputError(
             f"{path}: {IMAGES_KEY} is {images.dtype}{bad}; images must be uint8 in [0, 255], rounded by their maker"
         )
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
+        raise InputError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
     with np.load(path, allow_pickle=False) as file:
         for key in LABEL_KEYS:
             if key in names and file[key].shape == (len(images),) and file[key].dtype.kind in "iu":
@@ -72,7 +74,7 @@ def read_npz_statistics(path: Path) -> NpzStatistics | None:
     if not names & set(STATISTICS_KEYS):
         return None
     if not {"mu", "sigma"} <= names or ("mu_s" in names) != ("sigma_s" in names):
-        raise ValueError(
+        raise InputError(
             f"{path} holds {', '.join(sorted(names & set(STATISTICS_KEYS)))}; statistics are mu and sigma, and mu_s "
             "with sigma_s for sFID"
         )
@@ -83,11 +85,11 @@ def read_npz_statistics(path: Path) -> NpzStatistics | None:
         if mean is None or cov is None:
             continue
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(
+            raise InputError(
                 f"{path}: {mean_key} has shape {mean.shape}, {cov_key} {cov.shape}; must be (D,) and (D, D)"
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError(f"{path}: {mean_key} or {cov_key} holds NaN or infinite values; the file is damaged")
+            raise InputError(f"{path}: {mean_key} or {cov_key} holds NaN or infinite values; the file is damaged")
     return NpzStatistics(**found)  # type: ignore[arg-type]
 
 
@@ -99,12 +101,12 @@ def npz_names(path: Path) -> set[str]:
         ValueError: no ``.npz`` file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; check the path")
+        raise MissingFile(f"no file {path}; check the path")
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no .npz file, or it was not written to its end: {error}") from error
+        raise InputError(f"{path} is no .npz file, or it was not written to its end: {error}") from error
 
 
 def _mapped(path: Path, key: str) -> np.ndarray | None:

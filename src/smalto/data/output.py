@@ -6,26 +6,23 @@ Files beside the shards: ``plan.json`` (what is being made, so that another job 
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import socket
-import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from smalto.data.shards import META, VERSION
-from smalto.data.write import write_bytes, write_json
+from smalto.errors import PathInUse, StorageError
+from smalto.files import FileLock, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
 PLAN, DONE, LOCK, REJECTED, PARTS = "plan.json", "done.jsonl", ".lock", "rejected.jsonl", "parts"
 _OURS = re.compile(r"(train|val)-\d{5,}\.tar|.*\.tmp|" + "|".join(map(re.escape, (PLAN, DONE, REJECTED, META))))
-_OWNER = "process {pid} on {host}"
 
 
 class OutputFolder:
@@ -64,14 +61,14 @@ class OutputFolder:
         self.done: dict[str, dict[str, Any]] = {}
         self._format, self._command, self._overwrite = format, command, overwrite
         self._settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:
         if self._helper:
             return self
         try:
             if self.path.exists() and not self.path.is_dir():
-                raise FileExistsError(f"{self.path} is a file; out= must be a folder")
+                raise PathInUse(f"{self.path} is a file; out= must be a folder")
             if self._reuse():
                 return self
             self.path.mkdir(parents=True, exist_ok=True)
@@ -85,11 +82,10 @@ class OutputFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            self._lock.close()
+            self._lock.release()
             self._lock = None
         if isinstance(error, OSError) and error.errno in _REASONS:
-            raise OSError(
+            raise StorageError(
                 f"{_REASONS[error.errno]}: {error.filename or self.path}; finished shards stay in {self.path}, "
                 "run the same command again to continue"
             ) from error
@@ -111,7 +107,7 @@ class OutputFolder:
         plan = json.loads((self.path / PLAN).read_text())
         listing = json.loads(json.dumps(listing))
         if plan.setdefault("listing", listing) != listing:
-            raise FileExistsError(
+            raise PathInUse(
                 f"{self.path} was begun from {plan['listing']}, the source now gives {listing}; "
                 "restore the source, choose another out=, or start anew with overwrite=true"
             )
@@ -125,31 +121,11 @@ class OutputFolder:
         self.finished = json.loads((self.path / META).read_text())
 
     def _acquire(self) -> None:
-        """Take the lock file. The system frees it when its owner dies, so a stale one is taken over."""
-        path = self.path / LOCK
-        deadline = time.monotonic() + 10
-        while True:
-            lock = path.open("a+")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                owner = lock.read().strip() or "another process"
-                lock.close()
-                if _is_dead(owner) and time.monotonic() < deadline:  # its workers still hold the file for a moment
-                    time.sleep(0.1)
-                    continue
-                raise FileExistsError(
-                    f"{self.path} is in use by {owner}; wait for it to finish or choose another out="
-                ) from None
-            # between open and lock its last owner may have removed the file: then others cannot see ours
-            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                break
-            lock.close()
-        lock.seek(0)
-        lock.truncate()
-        lock.write(_OWNER.format(pid=os.getpid(), host=socket.gethostname()) + "\n")
-        lock.flush()
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire()
+        except PathInUse as error:
+            raise PathInUse(f"{error}; wait for it to finish or choose another out=") from None
         self._lock = lock
 
     def _read_plan(self) -> dict[str, Any] | None:
@@ -171,7 +147,7 @@ class OutputFolder:
         plan = self._read_plan()
         foreign = sorted(p.name for p in self.path.iterdir() if p.name != LOCK)
         if plan is None and foreign:
-            raise FileExistsError(
+            raise PathInUse(
                 f"{self.path} holds files {self._command} did not write ({', '.join(foreign[:3])}"
                 f"{', ...' if len(foreign) > 3 else ''}); choose an empty or new folder as out="
             )
@@ -196,7 +172,7 @@ class OutputFolder:
         if plan.get("format") != self._format:
             changed.insert(0, f"format: {plan.get('format')} there, {self._format} now")
         if changed:
-            raise FileExistsError(
+            raise PathInUse(
                 f"out={self.path} {state} made with other settings ({'; '.join(changed)}); "
                 "choose another out=, or start anew with overwrite=true"
             )
@@ -213,20 +189,6 @@ class OutputFolder:
                 self.done[shard["name"]] = shard
         write_bytes(self.path / DONE, "".join(json.dumps(s) + "\n" for s in self.done.values()).encode())
         log.info("%s: continuing, %d shards were finished", self.path, len(self.done))
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether the process named in a lock file ran on this machine and is gone."""
-    found = re.fullmatch(_OWNER.format(pid=r"(\d+)", host=re.escape(socket.gethostname())), owner)
-    if not found:
-        return False
-    try:
-        os.kill(int(found[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 _REASONS = {

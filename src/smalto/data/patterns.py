@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smalto.data.shards import META
+from smalto.errors import MissingFile
 
 
 def expand_paths(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
@@ -21,7 +22,7 @@ def expand_paths(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob(f"*{suffix}"))
         if not found:
-            raise FileNotFoundError(f"the folder {path} holds no *{suffix} files; check the path")
+            raise MissingFile(f"the folder {path} holds no *{suffix} files; check the path")
         return found
     if path.exists():
         return [path]
@@ -29,7 +30,7 @@ def expand_paths(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
     for part in expand_braces(str(pattern)):
         found = sorted(map(Path, glob.glob(part)))
         if not found:
-            raise FileNotFoundError(f"{part} matches no file (from {pattern}); check the path")
+            raise MissingFile(f"{part} matches no file (from {pattern}); check the path")
         paths += found
     return paths
 

@@ -19,6 +19,7 @@ from smalto.data.reader import ImageReader, stack_pixels
 from smalto.data.shards import IMAGES, META, read_meta
 from smalto.data.sources import Folder
 from smalto.data.transforms import center_crop, decode_image
+from smalto.errors import InputError, MissingFile
 
 Split = Literal["train", "val"]
 
@@ -100,7 +101,7 @@ class FolderPictures(PictureSet):
         if self._image_size and image.size != self._size:
             image = center_crop(image, self._image_size)
         if image.size != self._size:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds images of several sizes: {self._names[0]} has {self._size[0]}x{self._size[1]} "
                 f"pixels, {self._names[index]} has {image.width}x{image.height}; give image_size=SIDE to crop them all"
             )
@@ -111,10 +112,10 @@ class FolderPictures(PictureSet):
         try:
             with Image.open(BytesIO(data)) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8-bit RGB")
+                    raise InputError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8-bit RGB")
             return decode_image(data)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.path / self._names[index]}: {error}") from error
+            raise InputError(f"{self.path / self._names[index]}: {error}") from error
 
 
 class NpzPictures(PictureSet):
@@ -162,11 +163,11 @@ class ShardPictures(PictureSet):
             split = "val" if meta["splits"].get("val", {}).get("shards") else "train"
         stored = meta["image_size"]
         if image_size is None and (stored is None or stored[0] != stored[1]):
-            raise ValueError(f"{path} holds images of several shapes; give image_size=SIDE to crop them all")
+            raise InputError(f"{path} holds images of several shapes; give image_size=SIDE to crop them all")
         self._side = image_size or stored[0]
         self._reader = ImageReader(path, meta, split)
         if not len(self._reader):
-            raise ValueError(
+            raise InputError(
                 f"{path} has no {split} images; choose the other with reference_split=, or prepare with "
                 "val_fraction > 0"
             )
@@ -216,7 +217,7 @@ def open_pictures(path: str | Path, *, image_size: int | None = None, split: Spl
     if path.suffix == ".npz":
         pictures = NpzPictures(path)
         if image_size not in (None, pictures.settings["image_size"]):
-            raise ValueError(
+            raise InputError(
                 f"{path} has images of {pictures.settings['image_size']} px, image_size is {image_size}; resize them "
                 "before they are packed: how they are resized is part of a protocol"
             )
@@ -224,7 +225,7 @@ def open_pictures(path: str | Path, *, image_size: int | None = None, split: Spl
     if (path / META).is_file() or is_foreign(path):
         return ShardPictures(path, image_size=image_size, split=split)
     if not path.is_dir():
-        raise FileNotFoundError(f"no folder, .npz file or image shards at {path}; check the path")
+        raise MissingFile(f"no folder, .npz file or image shards at {path}; check the path")
     return FolderPictures(path, image_size=image_size)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import distributed
 
+from smalto.errors import InputError
+
 PATIENCE = timedelta(days=7)
 """How long a rank waits for others; a rank that fails is noticed by torchrun, which ends all."""
 
@@ -38,7 +40,7 @@ class Ranks:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if self.world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            raise ValueError(
+            raise InputError(
                 f"WORLD_SIZE is {self.world_size}, but RANK, MASTER_ADDR or MASTER_PORT is not set; start the "
                 "processes with torchrun --nproc_per_node=N -m smalto extract ..."
             )

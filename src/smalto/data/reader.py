@@ -9,6 +9,7 @@ from PIL import Image
 
 from smalto.data.shards import IMAGE_SUFFIXES, Member, ShardFiles, split_key, tar_members
 from smalto.data.transforms import decode_image
+from smalto.errors import InputError
 
 
 class ImageReader:
@@ -37,7 +38,7 @@ class ImageReader:
         for number, (file, shard) in enumerate(zip(self.paths, shards, strict=True)):
             found = _locate_images(file, self._encoding)
             if len(found) != shard.get("num_images", len(found)):
-                raise ValueError(
+                raise InputError(
                     f"{file} holds {len(found)} images, meta.json says {shard['num_images']}; prepare it again"
                 )
             places += [(number, offset, size) for offset, size, _, _ in found]
@@ -62,7 +63,7 @@ class ImageReader:
         try:
             return decode_image(self._files.read(number, size, offset))
         except ValueError as error:
-            raise ValueError(f"image {index} in {self.paths[number]} is damaged: {error}") from error
+            raise InputError(f"image {index} in {self.paths[number]} is damaged: {error}") from error
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """Images of equal size as uint8 (len(indices), 3, H, W)."""
@@ -88,7 +89,7 @@ def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int
             key, suffix = split_key(member.name)
             if f".{suffix}" in wanted:
                 if key in images:
-                    raise ValueError(f"{path} holds two images with the key {key}; write the shard with unique keys")
+                    raise InputError(f"{path} holds two images with the key {key}; write the shard with unique keys")
                 images[key] = member
             elif suffix == "cls":
                 labels[key] = int(os.pread(file.fileno(), member.size, member.offset))

@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from smalto.errors import InputError, MissingFile
+
 IMAGES: Final = "smalto-images"
 CODES: Final = "smalto-codes"
 VERSION = 1
@@ -46,10 +48,10 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
     path = Path(path)
     make = _MAKE[expected].format(path=path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no data at {path}; {make}")
+        raise MissingFile(f"no data at {path}; {make}")
     if not (path / META).is_file():
         unfinished = " (it was begun but not finished: run the same command again)"
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{path} has no {META}, so it holds no finished {_KIND[expected]}"
             f"{unfinished if (path / 'plan.json').exists() else ''}; {make}"
         )
@@ -57,20 +59,20 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
         meta = json.loads((path / META).read_text())
         found, version = meta["format"], meta["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / META} is not a smalto {META} ({error}); {make}") from error
+        raise InputError(f"{path / META} is not a smalto {META} ({error}); {make}") from error
     if found != expected:
-        raise ValueError(
+        raise InputError(
             f"{path} holds {_KIND.get(found, found)}, but {_KIND[expected]} are needed here; "
             f"give another folder or {make}"
         )
     if version != VERSION:
-        raise ValueError(f"{path} is version {version}, this smalto reads version {VERSION}; {make}")
+        raise InputError(f"{path} is version {version}, this smalto reads version {VERSION}; {make}")
     for shard in itertools.chain.from_iterable(split["shards"] for split in meta["splits"].values()):
         file = path / shard["name"]
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is listed in {META} but missing; restore it, or {make}")
+            raise MissingFile(f"{file} is listed in {META} but missing; restore it, or {make}")
         if file.stat().st_size != shard["bytes"]:
-            raise ValueError(
+            raise InputError(
                 f"{file} has {file.stat().st_size} bytes, {META} says {shard['bytes']}: "
                 f"copied incompletely or changed; restore it, or {make} overwrite=true"
             )
@@ -94,7 +96,7 @@ def tar_members(path: str | Path) -> Iterator[Member]:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _BLOCK:
-            raise ValueError(f"{path} is not a tar file: it has {size} bytes")
+            raise InputError(f"{path} is not a tar file: it has {size} bytes")
         yield from _walk_headers(file.fileno(), size, path)
 
 
@@ -105,12 +107,12 @@ def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
         if header == bytes(_BLOCK):
             return
         if header[257:262] != b"ustar":
-            raise ValueError(f"{path} is not a plain tar file (no header at byte {position}); unpack .gz first")
+            raise InputError(f"{path} is not a plain tar file (no header at byte {position}); unpack .gz first")
         size = int(header[124:136].rstrip(b"\0 ") or b"0", 8) if header[124] < 128 else int.from_bytes(header[125:136])
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-size // _BLOCK) * _BLOCK
         if offset + size > end:
-            raise ValueError(f"{path} ends inside a member; it was copied or written incompletely")
+            raise InputError(f"{path} ends inside a member; it was copied or written incompletely")
         if kind == b"L":  # GNU: the content is the name of the next member
             long_name = os.pread(file, size, offset).rstrip(b"\0").decode()
         elif kind == b"x":  # POSIX: the same as one of several records "length key=value"
@@ -121,7 +123,7 @@ def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
             name = header[:100].split(b"\0", 1)[0]
             yield Member(long_name or (prefix + b"/" + name if prefix else name).decode(), offset, size)
             long_name = None
-    raise ValueError(f"{path} ends without tar's end mark; it was copied or written incompletely")
+    raise InputError(f"{path} ends without tar's end mark; it was copied or written incompletely")
 
 
 def read_member(path: str | Path, member: Member) -> bytes:
@@ -178,5 +180,5 @@ def map_member(path: str | Path, member: Member) -> np.memmap:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(file)
         if fortran_order or dtype.hasobject:
-            raise ValueError(f"{member.name} in {path} is not a plain C-ordered array")
+            raise InputError(f"{member.name} in {path} is not a plain C-ordered array")
         return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)

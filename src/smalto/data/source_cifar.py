@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from smalto.data.sources import ArraySource, Part
+from smalto.errors import InputError, MissingFile
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -46,7 +47,7 @@ class Cifar10(ArraySource):
     ) -> None:
         super().__init__(CIFAR10_CLASSES)
         if path is None and download_dir is None:
-            raise ValueError("cifar10 needs source.path, the folder with data_batch_1 .. test_batch")
+            raise InputError("cifar10 needs source.path, the folder with data_batch_1 .. test_batch")
         self._path, self._download, self._download_dir = path, download, download_dir
 
     def load(self) -> list[Part]:
@@ -60,7 +61,7 @@ class Cifar10(ArraySource):
             CIFAR10(str(folder.parent), download=True)
             present = [folder / names[0][0]]
         if not present:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"no data_batch_1 or data_batch_1.bin in {folder}; set source.path to the unpacked "
                 "cifar-10-batches-py or -bin, or set source.download=true"
             )
@@ -72,7 +73,7 @@ class Cifar10(ArraySource):
 def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     rows = np.frombuffer(path.read_bytes(), np.uint8)
     if rows.size == 0 or rows.size % 3073:
-        raise ValueError(f"{path} has {rows.size} bytes; binary CIFAR-10 has 3,073 for each image")
+        raise InputError(f"{path} has {rows.size} bytes; binary CIFAR-10 has 3,073 for each image")
     rows = rows.reshape(-1, 3073)
     return np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0]
 
@@ -83,7 +84,7 @@ def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = batch[b"data"], batch[b"labels"]
         images = np.asarray(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a CIFAR-10 batch: {error}") from error
+        raise InputError(f"{path} is not a CIFAR-10 batch: {error}") from error
     return np.ascontiguousarray(images), np.asarray(labels, np.int64)
 
 

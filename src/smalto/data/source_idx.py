@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from smalto.data.sources import ArraySource, Part
+from smalto.errors import InputError, MissingFile
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -52,11 +53,11 @@ class FashionMnist(ArraySource):
     ) -> None:
         super().__init__(FASHION_CLASSES)
         if subset not in ("t10k", "full"):
-            raise ValueError(f"subset is {subset!r}; it must be t10k (embedded, 10,000) or full (70,000)")
+            raise InputError(f"subset is {subset!r}; it must be t10k (embedded, 10,000) or full (70,000)")
         if subset == "t10k" and (path is not None or download):
-            raise ValueError("subset=t10k is embedded and needs no path or download; give subset=full for these")
+            raise InputError("subset=t10k is embedded and needs no path or download; give subset=full for these")
         if download and download_dir is None:
-            raise ValueError("download=true needs download_dir, the folder to download into")
+            raise InputError("download=true needs download_dir, the folder to download into")
         self._subset, self._path = subset, path
         self._download, self._download_dir = download, download_dir
 
@@ -79,7 +80,7 @@ class FashionMnist(ArraySource):
 
             FashionMNIST(str(downloads), download=True)
             return raw
-        raise FileNotFoundError(
+        raise MissingFile(
             f"the four IDX files of Fashion-MNIST are not in {' or '.join(map(str, tried))}; set "
             "source.path, "
             "install the Debian package dataset-fashion-mnist, or set source.download=true"
@@ -112,7 +113,7 @@ class Idx(ArraySource):
     ) -> None:
         super().__init__(classes or ())
         if (val_images is None) != (val_labels is None):
-            raise ValueError("val_images and val_labels belong together; give both or none")
+            raise InputError("val_images and val_labels belong together; give both or none")
         self._files = [("images", None if val_images is None else "train", images, labels)]
         if val_images is not None and val_labels is not None:
             self._files.append(("val_images", "val", val_images, val_labels))
@@ -135,10 +136,10 @@ def read_idx(path: Path) -> np.ndarray:
         zeros, kind, dims = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dims}I", data, 4)
         if zeros != 0 or kind != 8:
-            raise ValueError("not an IDX file of unsigned bytes")
+            raise InputError("not an IDX file of unsigned bytes")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except (ValueError, struct.error, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole IDX file: {error}") from error
+        raise InputError(f"{path} is not a whole IDX file: {error}") from error
 
 
 def read_idx_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +150,7 @@ def read_idx_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     x, y = read_idx(images), read_idx(labels)
     if x.ndim != 3 or y.shape != x.shape[:1]:
-        raise ValueError(f"{images} has shape {x.shape}, {labels} {y.shape}; expected (N, H, W) and (N,)")
+        raise InputError(f"{images} has shape {x.shape}, {labels} {y.shape}; expected (N, H, W) and (N,)")
     return x, y
 
 
@@ -162,5 +163,5 @@ def _idx_file(folder: Path, name: str, kind: str) -> Path | None:
 def _idx_pair(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     images, labels = _idx_file(folder, name, "images"), _idx_file(folder, name, "labels")
     if images is None or labels is None:
-        raise FileNotFoundError(f"{folder} has no {name}-images-idx3-ubyte(.gz) with its labels")
+        raise MissingFile(f"{folder} has no {name}-images-idx3-ubyte(.gz) with its labels")
     return read_idx_pair(images, labels)

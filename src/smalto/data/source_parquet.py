@@ -11,6 +11,7 @@ import numpy as np
 
 from smalto.data.patterns import expand_paths
 from smalto.data.sources import Record, Source, class_number, leading_split
+from smalto.errors import InputError
 
 
 class Parquet(Source):
@@ -48,7 +49,7 @@ class Parquet(Source):
         window: int = 64,
     ) -> None:
         if window < 1:
-            raise ValueError(f"window is {window} row groups; it must be at least 1")
+            raise InputError(f"window is {window} row groups; it must be at least 1")
         self._pattern = path
         self._image, self._label, self._caption = image_column, label_column, caption_column
         self._split, self._class_name = split_column, class_name_column
@@ -65,7 +66,7 @@ class Parquet(Source):
         for path, file in files:
             missing = [c for c in wanted if c is not None and c not in file.schema_arrow.names]
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"{path} has no column {', '.join(missing)}; it has "
                     f"{', '.join(file.schema_arrow.names)}: "
                     "set source.image_column, label_column (null for none), ..."
@@ -136,7 +137,7 @@ class Parquet(Source):
         if isinstance(image, dict):
             image = image.get("bytes")
         if not isinstance(image, bytes):
-            raise ValueError(f"column {self._image} holds no image bytes in this row")
+            raise InputError(f"column {self._image} holds no image bytes in this row")
         label = None if self._label is None else columns[self._label][row].as_py()
         return Record(
             image=image,

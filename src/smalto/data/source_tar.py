@@ -8,6 +8,7 @@ from pathlib import Path
 from smalto.data.patterns import expand_paths
 from smalto.data.shards import IMAGE_SUFFIXES, META, Member, read_member, split_key, tar_members
 from smalto.data.sources import Record, Source, as_int, class_number, leading_split
+from smalto.errors import InputError, MissingFile
 
 
 class Tar(Source):
@@ -39,11 +40,11 @@ class Tar(Source):
             for member in tar_members(shard):
                 key, suffix = split_key(member.name)
                 if suffix in found.setdefault(key, {}):
-                    raise ValueError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
+                    raise InputError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
                 found[key][suffix] = member
             entries += [(shard, key, members) for key, members in found.items() if _image_suffix(members)]
         if not entries:
-            raise FileNotFoundError(f"the tar files at {self._pattern} hold no images")
+            raise MissingFile(f"the tar files at {self._pattern} hold no images")
         return entries
 
     @cached_property

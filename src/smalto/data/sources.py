@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from smalto.data.shards import IMAGE_SUFFIXES
+from smalto.errors import InputError, MissingFile
 
 Part = tuple[str, str | None, np.ndarray, np.ndarray]
 """Name, split, images uint8 (N, H, W) or (N, H, W, 3), labels (N,)."""
@@ -152,10 +153,10 @@ class Folder(Source):
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         if not self._path.is_dir():
-            raise FileNotFoundError(f"no folder {self._path}; set source.path to the folder with the images")
+            raise MissingFile(f"no folder {self._path}; set source.path to the folder with the images")
         rows = self._scan() if self._metadata is None else self._read_table(self._metadata)
         if not rows:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"no images under {self._path}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
         return rows
@@ -181,7 +182,7 @@ class Folder(Source):
 
     def _read_table(self, path: Path) -> list[dict[str, Any]]:
         if not path.is_file():
-            raise FileNotFoundError(f"no table {path}; source.metadata is relative to source.path")
+            raise MissingFile(f"no table {path}; source.metadata is relative to source.path")
         with path.open(newline="") as file:
             lines: list[dict[str, Any]] = (
                 [json.loads(line) for line in file if line.strip()]
@@ -189,7 +190,7 @@ class Folder(Source):
                 else list(csv.DictReader(file))
             )
         if any(not line.get("path") for line in lines):
-            raise ValueError(f"{path} has rows without path; each row needs the file's path below {self._path}")
+            raise InputError(f"{path} has rows without path; each row needs the file's path below {self._path}")
         rows = [{k: line.get(k) or None for k in ("path", "caption", "split")} for line in lines]
         for row, line in zip(rows, lines, strict=True):
             label = line.get("label")
@@ -237,5 +238,5 @@ def class_number(label: Any, numbers: Mapping[str, int], where: object) -> int |
     if not isinstance(label, str):
         return None if label is None else int(label)
     if label not in numbers:
-        raise ValueError(f"class {label!r} in {where} is not among source.classes ({len(numbers)} names)")
+        raise InputError(f"class {label!r} in {where} is not among source.classes ({len(numbers)} names)")
     return numbers[label]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smalto.data.sources import Source
+from smalto.errors import InputError
 
 
 def plan_splits(
@@ -28,7 +29,7 @@ def plan_splits(
     own = [source.split(int(index)) for index in order]
     if split == "source" and None in own:
         name = source.name(int(order[own.index(None)]))
-        raise ValueError(f"split=source, but {name} belongs to no split; use split=hash with val_fraction")
+        raise InputError(f"split=source, but {name} belongs to no split; use split=hash with val_fraction")
     if split == "source" or (split == "auto" and own and None not in own):
         held_out = "val" if "val" in map(_plain_split, own) else "test"
         sides = [{"train": "train", held_out: "val"}.get(_plain_split(s) or "") for s in own]

@@ -12,6 +12,7 @@ from smalto.data.images import ImageShards
 from smalto.data.loader import ResumableLoader
 from smalto.data.tar_stream import expand_urls
 from smalto.data.transforms import center_crop, random_crop
+from smalto.errors import InputError
 
 
 class StreamedImages(LightningDataModule):
@@ -87,7 +88,7 @@ class StreamedImages(LightningDataModule):
         if num_workers < 0:
             problems.append(f"num_workers is {num_workers}, must be at least 0")
         if problems:
-            raise ValueError("data: " + "; ".join(problems))
+            raise InputError("data: " + "; ".join(problems))
         self.urls, self.batch_size, self.steps_per_epoch = urls, batch_size, steps_per_epoch
         self.num_classes, self.classes = num_classes, list(classes)
         self.num_train, self.num_val = steps_per_epoch * batch_size, 0
@@ -126,7 +127,7 @@ class StreamedImages(LightningDataModule):
         """Batches without end, counted off into epochs."""
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if self.batch_size % world_size:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {self.batch_size} for {world_size} processes; the global batch must be a multiple of "
                 "the number of processes"
             )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_rng, sample_uniform
+from smalto.errors import InputError
 
 _VAL_EPOCH = 1  # validation samples are drawn like those of training, from other random numbers
 
@@ -43,7 +44,7 @@ class SyntheticImages(StatelessDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
         if min(image_size, num_classes, num_train) < 1 or num_val < 0:
-            raise ValueError(
+            raise InputError(
                 f"image_size, num_classes, num_train, num_val are {image_size}, {num_classes}, {num_train}, "
                 f"{num_val}; they must be positive (num_val may be 0)"
             )
@@ -112,7 +113,7 @@ class SyntheticCodes(StatelessDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
         if min(codebook_size, num_classes, num_train) < 1 or num_val < 0 or not 0 <= noise <= 1:
-            raise ValueError(
+            raise InputError(
                 f"codebook_size, num_classes, num_train, num_val are {codebook_size}, {num_classes}, "
                 f"{num_train}, "
                 f"{num_val}, noise is {noise}; counts must be positive (num_val may be 0), noise in [0, 1]"

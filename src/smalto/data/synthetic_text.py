@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smalto.data.order import sample_rng
 from smalto.data.synthetic import SyntheticCodes
+from smalto.errors import InputError
 
 
 class SyntheticText(SyntheticCodes):
@@ -60,7 +61,7 @@ class SyntheticText(SyntheticCodes):
             val_batch_size=val_batch_size,
         )
         if min(num_tokens, text_dim) < 1:
-            raise ValueError(f"data: num_tokens is {num_tokens}, text_dim is {text_dim}, both must be at least 1")
+            raise InputError(f"data: num_tokens is {num_tokens}, text_dim is {text_dim}, both must be at least 1")
         self.num_tokens, self.text_dim = num_tokens, text_dim
 
     def _draw(self, part: int, indices: np.ndarray) -> dict[str, Tensor]:

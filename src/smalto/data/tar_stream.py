@@ -12,6 +12,7 @@ import numpy as np
 
 from smalto.data.patterns import expand_braces, expand_paths
 from smalto.data.shards import split_key
+from smalto.errors import InputError, StorageError
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
         remote = pattern.startswith(("http://", "https://", "pipe:"))
         found += expand_braces(pattern) if remote else map(str, expand_paths(pattern))
     if not found:
-        raise ValueError("urls is empty; give at least one shard")
+        raise InputError("urls is empty; give at least one shard")
     return found
 
 
@@ -56,7 +57,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
                 process.kill()
                 raise
         if process.returncode:
-            raise OSError(f"{command} ended with code {process.returncode}")
+            raise StorageError(f"{command} ended with code {process.returncode}")
     elif url.startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             yield response
@@ -110,7 +111,7 @@ def _samples(stream: _Tail, url: str) -> Iterator[dict[str, bytes]]:
             assert content is not None
             sample[suffix] = content.read()
     if stream.is_cut():
-        raise OSError(f"{url} ends without tar's end mark")
+        raise StorageError(f"{url} ends without tar's end mark")
     if sample:
         yield sample
 

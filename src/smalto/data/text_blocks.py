@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from smalto.data.shards import ShardFiles, map_member, tar_members
+from smalto.errors import InputError, MissingFile
 
 TEXT, LENGTH = "text.npy", "text_length.npy"
 """Suffixes of the members: float16 (sum of lengths, C) and int32 (n,)."""
@@ -25,16 +26,16 @@ def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray
     for key in keys:
         path = folder / f"{key}.npy"
         if not path.is_file():
-            raise FileNotFoundError(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
+            raise MissingFile(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
         features = np.load(path, allow_pickle=False)
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         if features.ndim != 2 or not len(features) or (rows and features.shape[1] != rows[0].shape[1]):
             width = rows[0].shape[1] if rows else "width"
-            raise ValueError(f"{path} has shape {features.shape}, must be (tokens, {width}) with at least one token")
+            raise InputError(f"{path} has shape {features.shape}, must be (tokens, {width}) with at least one token")
         with np.errstate(over="ignore"):
             rows.append(features.astype(np.float16))
         if not np.isfinite(rows[-1]).all():
-            raise ValueError(f"{path} holds values that float16 cannot (beyond 65504, or not numbers)")
+            raise InputError(f"{path} holds values that float16 cannot (beyond 65504, or not numbers)")
     return np.concatenate(rows), np.array([len(row) for row in rows], np.int32)
 
 
@@ -52,7 +53,7 @@ def text_dim(path: Path, splits: dict[str, Any]) -> int:
         if member.name.endswith("." + TEXT)
     }
     if len(dims) != 1:
-        raise ValueError(f"the text features have widths {sorted(dims)}; give features of one text encoder")
+        raise InputError(f"the text features have widths {sorted(dims)}; give features of one text encoder")
     return dims.pop()
 
 
@@ -70,7 +71,7 @@ class TextReader:
 
     def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
         if not meta.get("text"):
-            raise ValueError(
+            raise InputError(
                 f"{path} holds no text features; run smalto extract with text=FOLDER, or set data.condition=label"
             )
         self.dim: int = meta["text"]["dim"]
@@ -92,7 +93,7 @@ class TextReader:
         self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
         expected = sum(shard["num_images"] for shard in shards)
         if len(self._lengths) != expected or totals.tolist() != [int(block.sum()) for block in lengths]:
-            raise ValueError(
+            raise InputError(
                 f"the text features of {split} in {path} do not match its {expected} images; "
                 "extract them again with overwrite=true"
             )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from smalto.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ def to_uint8(image: "Tensor", rounding: Literal["nearest", "truncate"] = "neares
         return image.float().mul(127.5).add_(127.5).add_(0.5).floor_().clamp_(0, 255).byte()
     if rounding == "truncate":
         return image.float().mul(127.5).add_(128.0).clamp_(0, 255).byte()
-    raise ValueError(f"rounding is {rounding!r}; it must be nearest or truncate")
+    raise InputError(f"rounding is {rounding!r}; it must be nearest or truncate")
 
 
 def to_pixels(
@@ -62,7 +64,7 @@ def to_pixels(
     """
     if not bool(image.isfinite().all()):
         bad = int((~image.flatten(1).isfinite().all(dim=1)).sum())
-        raise ValueError(
+        raise InputError(
             f"{bad} of {len(image)} images hold NaN or infinite pixels: the weights are broken, or overflow"
         )
     if size is not None and (size, size) != tuple(image.shape[-2:]):
@@ -144,7 +146,7 @@ def pad_to(image: Image.Image, size: int) -> Image.Image:
         ValueError: a side is longer than ``size``.
     """
     if max(image.size) > size:
-        raise ValueError(
+        raise InputError(
             f"the image is {image.width}x{image.height}; padding to {size} needs sides of at most {size}; "
             "use resize=center_crop"
         )
@@ -166,7 +168,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
-        raise ValueError("the image holds float pixels of unknown range; convert it to 8 or 16 bit first")
+        raise InputError("the image holds float pixels of unknown range; convert it to 8 or 16 bit first")
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
@@ -198,4 +200,4 @@ def decode_image(data: bytes) -> Image.Image:
         struct.error,
         Image.DecompressionBombError,
     ) as error:
-        raise ValueError(f"not a readable picture: {error}") from error
+        raise InputError(f"not a readable picture: {error}") from error

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
@@ -10,30 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` at once: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    commit(temporary, path)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """``value`` as indented JSON at ``path``, at once."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def commit(temporary: Path, path: Path) -> None:
-    """Rename, and make the rename itself last through a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from smalto.files import commit, temporary_name
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -44,14 +20,14 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 class TarShard:
-    """One shard being written to ``NAME.tmp``; ``close`` names it, leaving the block early removes it.
+    """One shard being written under another name; ``close`` names it, leaving the block early removes it.
 
     Owner, time and mode are fixed, so equal members in equal order are equal bytes.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = temporary_name(path)
         self._file = self._temporary.open("wb")
         self._hash = hashlib.sha256()
         self._bytes = 0

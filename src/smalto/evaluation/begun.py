@@ -1,12 +1,13 @@
 """Long measurements that a kill does not undo: their sums in a file now and then."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from smalto.files import replacing
 
 SAVE_SECONDS = 60.0
 """A measurement that was killed loses no more than this."""
@@ -47,9 +48,8 @@ class Begun:
         if time.monotonic() - self._saved < SAVE_SECONDS:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_suffix(".tmp")
-        torch.save({"metrics": self._metrics.state(), "done": done, "extra": extra}, unfinished)
-        os.replace(unfinished, self._file)
+        with replacing(self._file) as unfinished:
+            torch.save({"metrics": self._metrics.state(), "done": done, "extra": extra}, unfinished)
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smalto.data.write import write_bytes
+from smalto.files import write_bytes
 from smalto.metrics.features import Features
 
 BLOCK_SIZE = 500

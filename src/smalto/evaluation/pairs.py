@@ -11,6 +11,7 @@ from smalto.data.picture_sets import PictureSet
 from smalto.data.progress import progress
 from smalto.data.ranks import Ranks, shared_device
 from smalto.data.transforms import to_float
+from smalto.errors import InputError
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.reconstruction import ReconstructionMetrics
 from smalto.metrics.scores import Scores
@@ -39,7 +40,7 @@ def from_sets(originals: PictureSet, rebuilt: PictureSet) -> Pairs:
         ValueError: sets of different length.
     """
     if len(originals) != len(rebuilt):
-        raise ValueError(
+        raise InputError(
             f"{rebuilt.path} holds {len(rebuilt)} images, {originals.path} {len(originals)}; reconstructions need one "
             "original each"
         )
@@ -51,7 +52,7 @@ def from_sets(originals: PictureSet, rebuilt: PictureSet) -> Pairs:
     def pairs(indices: range) -> tuple[Tensor, Tensor, None]:
         image, other = originals.read([order[i] for i in indices]), rebuilt.read(indices)
         if image.shape != other.shape:
-            raise ValueError(
+            raise InputError(
                 f"{originals.path} has images of {image.shape[-1]}x{image.shape[-2]} px, {rebuilt.path} of "
                 f"{other.shape[-1]}x{other.shape[-2]}; give image_size=SIDE to crop the originals as the others were"
             )

@@ -14,6 +14,7 @@ from smalto.data.npz_images import IMAGES_KEY, npz_names, read_npz_statistics
 from smalto.data.picture_sets import PictureSet, Split, open_pictures
 from smalto.data.progress import progress
 from smalto.data.ranks import shared_device
+from smalto.errors import InputError
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.distribution import Gaussian
 from smalto.metrics.features import FeatureExtractor
@@ -153,20 +154,20 @@ def _usable_statistics(path: Path, features: FeatureExtractor, kind: Kind) -> Re
     if found is None:
         return None
     if kind == "reconstruction":
-        raise ValueError(
+        raise InputError(
             f"{path} holds statistics of a training set; reconstructions are compared with the images they were made "
             "from, in the same crop: give those images (with the wrong ones an rFID of 2.19 was measured as 4.28)"
         )
     if features.name != "inception":
         if IMAGES_KEY not in npz_names(path):
-            raise ValueError(
+            raise InputError(
                 f"{path} holds statistics of Inception features and no images, this run uses {features.name}; choose "
                 "features=inception, or a reference with images"
             )
         log.warning("%s: its statistics are Inception's; %s is measured on its images instead", path, features.name)
         return None
     if len(found.mu) != features.num_features or (found.mu_s is not None and len(found.mu_s) != features.num_spatial):
-        raise ValueError(
+        raise InputError(
             f"{path}: mu has {len(found.mu)} features, Inception gives {features.num_features} (and "
             f"{features.num_spatial} spatial ones); it was made with another network"
         )

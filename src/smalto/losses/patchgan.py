@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from smalto.errors import InputError
 from smalto.nn.global_batch import GlobalBatchNorm2d
 
 
@@ -18,7 +19,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, *, base_channels: int = 64, num_layers: int = 3, global_statistics: bool = True) -> None:
         super().__init__()
         if num_layers < 1 or base_channels < 1:
-            raise ValueError(
+            raise InputError(
                 f"discriminator: num_layers is {num_layers}, base_channels is {base_channels}, both must be >= 1"
             )
         widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
@@ -48,7 +49,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [-1, 1] to patch logits (B, 1, h, w), high where it looks real."""
         if min(image.shape[-2:]) < self.min_image_size:
-            raise ValueError(
+            raise InputError(
                 f"image of {tuple(image.shape[-2:])} px is too small for this discriminator (at least "
                 f"{self.min_image_size}); lower task.discriminator.num_layers"
             )

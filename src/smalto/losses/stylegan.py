@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.errors import InputError
+
 WIDTHS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 """Channels by resolution."""
 
@@ -59,7 +61,7 @@ class StyleGANDiscriminator(nn.Module):
     def __init__(self, *, image_size: int) -> None:
         super().__init__()
         if image_size not in WIDTHS or image_size < 8:
-            raise ValueError(
+            raise InputError(
                 f"discriminator: image_size is {image_size}, a StyleGAN discriminator takes a power of two from 8 to "
                 f"{max(WIDTHS)}; use discriminator=patchgan for other sizes"
             )
@@ -77,7 +79,7 @@ class StyleGANDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Float (B, 3, S, S) in [-1, 1] to logits (B, 1), high where it looks real."""
         if image.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise InputError(
                 f"image of {tuple(image.shape[-2:])} px for a discriminator of {self.image_size}; set "
                 "task.discriminator.image_size, or use discriminator=patchgan, which takes any size"
             )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
+
 
 class CodebookUsage(Metric):
     """Counts of codes over everything seen since `reset`; exact, unlike a queue of the last codes.
@@ -22,7 +24,7 @@ class CodebookUsage(Metric):
     def __init__(self, *, codebook_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if codebook_size < 1:
-            raise ValueError(f"codebook_size is {codebook_size}, must be >= 1")
+            raise InputError(f"codebook_size is {codebook_size}, must be >= 1")
         self.codebook_size = codebook_size
         self.add_state("counts", torch.zeros(codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -68,7 +70,7 @@ class QueueUsage(Metric):
     def __init__(self, *, codebook_size: int, queue_size: int = 65_536, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if min(codebook_size, queue_size) < 1:
-            raise ValueError(f"codebook_size is {codebook_size} and queue_size {queue_size}; both must be >= 1")
+            raise InputError(f"codebook_size is {codebook_size} and queue_size {queue_size}; both must be >= 1")
         self.codebook_size = codebook_size
         self.queue_size = queue_size
         self.add_state("queue", default=[], dist_reduce_fx="cat")
@@ -131,7 +133,7 @@ def unigram_nll(counts: Tensor, codes: Tensor) -> tuple[float, float]:
     length, codebook_size = counts.shape
     codes = codes.long()
     if codes.dim() != 2 or codes.shape[1] != length or codes.shape[0] == 0:
-        raise ValueError(f"codes are {tuple(codes.shape)}, the counts are for (N, {length}) with N >= 1")
+        raise InputError(f"codes are {tuple(codes.shape)}, the counts are for (N, {length}) with N >= 1")
     _check_codes(codes, codebook_size)
     overall = counts.sum(dim=0).double() + 1
     by_position = counts.double() + 1
@@ -143,7 +145,7 @@ def unigram_nll(counts: Tensor, codes: Tensor) -> tuple[float, float]:
 
 def _check_codes(codes: Tensor, codebook_size: int) -> None:
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
-        raise ValueError(
+        raise InputError(
             f"codes range from {int(codes.min())} to {int(codes.max())}, the codebook has {codebook_size}; "
             "set codebook_size to the tokenizer's"
         )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from smalto.errors import InputError
+
 EPS = float(np.finfo(np.float64).eps)
 MAX_ROOT_ERROR = 1e-10
 """Largest relative error of the matrix root that rounding may leave."""
@@ -73,7 +75,7 @@ class FrechetDistance(FrechetInceptionDistance):
             ValueError: real features after `set_real`.
         """
         if real and self._given is not None:
-            raise ValueError("real statistics were set from a reference; drop it to measure real images instead")
+            raise InputError("real statistics were set from a reference; drop it to measure real images instead")
         super().update(pool, real)
 
     def set_real(self, statistics: Gaussian) -> None:
@@ -83,7 +85,7 @@ class FrechetDistance(FrechetInceptionDistance):
             ValueError: statistics of another number of features.
         """
         if statistics.mean.shape != (self.num_features,):
-            raise ValueError(
+            raise InputError(
                 f"reference statistics have {statistics.mean.numel()} features, the extractor gives "
                 f"{self.num_features}; measure the reference again with this extractor"
             )
@@ -132,7 +134,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
         ValueError: another number of features on each side.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"{a.mean.numel()} features against {b.mean.numel()}; both sides need the same extractor")
+        raise InputError(f"{a.mean.numel()} features against {b.mean.numel()}; both sides need the same extractor")
     cov_a, cov_b = a.cov.double().cpu().numpy(), b.cov.double().cpu().numpy()
     full_rank = min(a.root.shape[1], b.root.shape[1]) == len(cov_a)
     # itype 2: the lower triangle of L^T B L, all that the eigenvalues need, in less than the arithmetic of one product
@@ -155,7 +157,7 @@ def _sum_of_roots(product: np.ndarray) -> float | None:
 def _moments(total: Tensor, second: Tensor, count: Tensor) -> Gaussian:
     n = int(count)
     if n < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {n}")
+        raise InputError(f"a covariance needs at least 2 images, got {n}")
     mean = total / n
     cov = (second - n * torch.outer(mean, mean)) / (n - 1)
     return Gaussian(mean=mean, cov=(cov + cov.T) / 2, n=n)

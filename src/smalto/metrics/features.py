@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from smalto.errors import InputError
+
 SPATIAL_CHANNELS = 7
 """Channels of the intermediate map behind sFID, as in ADM's evaluator."""
 
@@ -57,7 +59,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, *, name: str, num_features: int, num_spatial: int, num_logits: int, chunk_size: int) -> None:
         super().__init__()
         if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, must be >= 1 (images per pass)")
+            raise InputError(f"chunk_size is {chunk_size}, must be >= 1 (images per pass)")
         self.name = name
         self.num_features = num_features
         self.num_spatial = num_spatial
@@ -89,7 +91,7 @@ class FeatureExtractor(nn.Module):
             ValueError: other dtype or shape; floats are refused because their range cannot be known.
         """
         if image.dtype != torch.uint8 or image.dim() != 4 or image.shape[1] != 3:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} got {image.dtype} {tuple(image.shape)}; features are taken from uint8 "
                 "(B, 3, H, W) in [0, 255]; convert with smalto's own float-to-uint8 before"
             )
@@ -116,7 +118,7 @@ def check_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise ValueError(
+        raise InputError(
             f"{path} has sha256 {found[: max(16, len(expected))]}..., the published file's starts with "
             f"{expected}; fetch it again, numbers from other weights would be mislabelled"
         )

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
+
 
 class _MeanOverImages(Metric):
     """Sums of a per-image score and of its square, and the number of images, added over processes."""
@@ -39,7 +41,7 @@ class _MeanOverImages(Metric):
             ValueError: not uint8, or different shapes.
         """
         if image.dtype != torch.uint8 or other.dtype != torch.uint8 or image.shape != other.shape:
-            raise ValueError(
+            raise InputError(
                 f"got {image.dtype} {tuple(image.shape)} and {other.dtype} {tuple(other.shape)}; "
                 f"{type(self).__name__} compares uint8 images of one shape"
             )
@@ -99,7 +101,7 @@ class SSIM(_MeanOverImages):
     def __init__(self, *, data_range: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if data_range <= 0:
-            raise ValueError(f"data_range is {data_range}, must be > 0 (1 for images in [0, 1], 2 as the paper)")
+            raise InputError(f"data_range is {data_range}, must be > 0 (1 for images in [0, 1], 2 as the paper)")
         self.data_range = data_range
 
     def score(self, image: Tensor, other: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class SSIM(_MeanOverImages):
         """
         window = self.WINDOW
         if min(image.shape[-2:]) < window:
-            raise ValueError(f"SSIM needs images of at least {window} x {window}, got {tuple(image.shape[-2:])}")
+            raise InputError(f"SSIM needs images of at least {window} x {window}, got {tuple(image.shape[-2:])}")
         x, y = image.double() / 255, other.double() / 255
         mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(v, window, stride=1) for v in (x, y, x * x, y * y, x * y))
         unbiased = window**2 / (window**2 - 1)

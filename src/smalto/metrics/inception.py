@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smalto.errors import InputError, MissingFile
 from smalto.metrics.features import SPATIAL_CHANNELS, FeatureExtractor, Features, check_sha256
 from smalto.metrics.lite0 import Lite0Features
 
@@ -93,7 +94,7 @@ def inception_cache_path() -> Path:
 
 def _load_inception(path: Path) -> nn.Module:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no Inception weights at {path}; put {INCEPTION_FILE} there (from {INCEPTION_URL}), give its "
             "path as features.weights=..., or choose features=lite0"
         )
@@ -101,7 +102,7 @@ def _load_inception(path: Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not a plain state dict of tensors: {error}") from error
+        raise InputError(f"{path} is not a plain state dict of tensors: {error}") from error
     # torch-fidelity loads inside its constructor and without restriction; it is handed what was read safely.
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
+
 Remainder = Literal["equal", "adm"]
 
 
@@ -35,9 +37,9 @@ class InceptionScore(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if split_size < 1:
-            raise ValueError(f"split_size is {split_size}, must be >= 1 (images per split)")
+            raise InputError(f"split_size is {split_size}, must be >= 1 (images per split)")
         if remainder not in ("equal", "adm"):
-            raise ValueError(f"remainder of the Inception Score is {remainder!r}, must be equal or adm")
+            raise InputError(f"remainder of the Inception Score is {remainder!r}, must be equal or adm")
         self.num_logits = num_logits
         self.split_size = split_size
         self.remainder = remainder

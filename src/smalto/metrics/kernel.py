@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
+from smalto.errors import InputError
+
 SEED = 2020
 """torch-fidelity's: the same features give the same subsets, hence the same digits."""
 
@@ -31,7 +33,7 @@ def kernel_distance(
         ValueError: fewer images than a subset needs.
     """
     if min(len(real), len(fake)) < subset_size:
-        raise ValueError(
+        raise InputError(
             f"KID with subsets of {subset_size} needs as many images a side, got {len(real)} real and {len(fake)} "
             "generated; set kid_subset_size lower"
         )

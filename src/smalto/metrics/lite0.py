@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from smalto.errors import InputError
 from smalto.metrics.features import SPATIAL_CHANNELS, FeatureExtractor, Features, check_sha256
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -34,7 +35,7 @@ class Lite0Features(FeatureExtractor):
 
     def __init__(self, *, size: int = 160, chunk_size: int = 20) -> None:
         if size < 32 or size % 32:
-            raise ValueError(f"size is {size}; lite0 takes multiples of 32 from 32 on, e.g. 128, 160 or 224")
+            raise InputError(f"size is {size}; lite0 takes multiples of 32 from 32 on, e.g. 128, 160 or 224")
         super().__init__(
             name=f"lite0_{size}",
             num_features=1280,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
+
 DistanceDtype = Literal["fp32", "fp16"]
 
 
@@ -42,9 +44,9 @@ class PrecisionRecall(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if distance_dtype not in ("fp32", "fp16"):
-            raise ValueError(f"distance_dtype is {distance_dtype!r}, must be fp32, or fp16 as in ADM's evaluator")
+            raise InputError(f"distance_dtype is {distance_dtype!r}, must be fp32, or fp16 as in ADM's evaluator")
         if k < 1 or block_size < 1:
-            raise ValueError(f"k is {k} and block_size {block_size}; both must be >= 1")
+            raise InputError(f"k is {k} and block_size {block_size}; both must be >= 1")
         self.num_features = num_features
         self.k = k
         self.block_size = block_size
@@ -60,7 +62,7 @@ class PrecisionRecall(Metric):
             ValueError: real features after `set_real`.
         """
         if real and self._given is not None:
-            raise ValueError("real features were set from a reference; drop it to measure real images instead")
+            raise InputError("real features were set from a reference; drop it to measure real images instead")
         pool = pool.detach()
         (self.real if real else self.fake).append(pool if pool.dtype == torch.float64 else pool.float())
 
@@ -112,7 +114,7 @@ def precision_recall(
 ) -> tuple[Tensor, Tensor]:
     """See `PrecisionRecall`; real (N, D), fake (M, D)."""
     if min(real.shape[0], fake.shape[0]) <= k:
-        raise ValueError(
+        raise InputError(
             f"precision and recall with k={k} need more than {k} images a side, got {real.shape[0]} real and "
             f"{fake.shape[0]} generated"
         )

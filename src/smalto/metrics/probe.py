@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
+
 MIN_STD = 1e-3
 """Features are ReLU averages of order 0.1 to 1; a feature that never fires must not be divided by zero."""
 
@@ -49,7 +51,7 @@ class ClassMoments(Metric):
     def __init__(self, *, num_classes: int, num_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, must be >= 1")
+            raise InputError(f"num_classes is {num_classes}, must be >= 1")
         self.num_classes = num_classes
         self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(num_classes, num_features, dtype=torch.float64), dist_reduce_fx="sum")
@@ -115,7 +117,7 @@ def check_labels(label: Tensor, num_classes: int) -> None:
         ValueError: a label outside [0, num_classes).
     """
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < num_classes:
-        raise ValueError(
+        raise InputError(
             f"labels range from {int(label.min())} to {int(label.max())}, the class probe knows 0 to "
             f"{num_classes - 1}; set num_classes to the data's"
         )

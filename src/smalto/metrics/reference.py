@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError, MissingFile, PathInUse
+from smalto.files import replacing
 from smalto.metrics.distribution import Gaussian
 from smalto.metrics.probe import ClassMeans
 
@@ -51,7 +52,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind of reference is {self.kind!r}, must be one of {', '.join(KINDS)}")
+            raise InputError(f"kind of reference is {self.kind!r}, must be one of {', '.join(KINDS)}")
 
     def require(self, *, extractor: str, kind: Kind, where: str = "the reference") -> None:
         """Refuse to be compared with features of another kind.
@@ -60,12 +61,12 @@ class Reference:
             ValueError: another extractor or kind.
         """
         if self.extractor != extractor:
-            raise ValueError(
+            raise InputError(
                 f"{where} was measured with features {self.extractor}, this run uses {extractor}; numbers of "
                 "different extractors cannot be compared: choose its features, or measure it again"
             )
         if self.kind != kind:
-            raise ValueError(
+            raise InputError(
                 f"{where} is for {self.kind}, asked for was {kind}; generated images are compared with the training "
                 "distribution, reconstructions with the very images they were made from, in the same crop: the wrong "
                 "one has doubled an rFID before (4.28 for 2.19)"
@@ -79,7 +80,7 @@ class Reference:
         """
         path = Path(path)
         if path.exists():
-            raise FileExistsError(f"{path} exists; remove it or choose another name for the reference")
+            raise PathInUse(f"{path} exists; remove it or choose another name for the reference")
         arrays: dict[str, np.ndarray] = {
             "format": np.array(FORMAT),
             "version": np.array(VERSION),
@@ -98,12 +99,8 @@ class Reference:
             arrays["class_std"] = self.classes.std.float().cpu().numpy()
             arrays["class_count"] = self.classes.count.cpu().numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        with unfinished.open("wb") as file:
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # stubs take the names for allow_pickle
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, *, extractor: str, kind: Kind) -> "Reference":
@@ -120,14 +117,14 @@ class Reference:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no reference at {path}; measure the real images first")
+            raise MissingFile(f"no reference at {path}; measure the real images first")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
         except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-            raise ValueError(f"{path} is not a reference written by smalto: {error}") from error
+            raise InputError(f"{path} is not a reference written by smalto: {error}") from error
         if str(arrays.get("format")) != FORMAT or int(arrays["version"]) != VERSION:
-            raise ValueError(f"{path} is not a reference of format {FORMAT} {VERSION}; measure it again")
+            raise InputError(f"{path} is not a reference of format {FORMAT} {VERSION}; measure it again")
         classes = None
         if "class_mean" in arrays:
             classes = ClassMeans(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from smalto.errors import InputError
 from smalto.metrics.inception_score import Remainder
 from smalto.metrics.manifold import DistanceDtype
 
@@ -38,4 +39,4 @@ class Rules:
                 "KID) and >= 2"
             )
         if problems:
-            raise ValueError("rules: " + "; ".join(problems))
+            raise InputError("rules: " + "; ".join(problems))

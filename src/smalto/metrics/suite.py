@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from smalto.errors import InputError
 from smalto.metrics.distribution import FrechetDistance
 from smalto.metrics.features import FeatureExtractor, Features
 from smalto.metrics.inception_score import InceptionScore
@@ -152,7 +153,7 @@ class GenerationMetrics:
     def update_real_features(self, found: Features, label: Tensor | None = None) -> None:
         """As `update_real`, from what the extractor gave for them; labels of -1 are no labels."""
         if self.reference is not None:
-            raise ValueError("the real side is complete; make new GenerationMetrics for other real images")
+            raise InputError("the real side is complete; make new GenerationMetrics for other real images")
         self._frechet.update(found.pool, real=True)
         self._spatial.update(found.spatial, real=True)
         if self._moments is not None and label is not None and bool((label >= 0).all()):
@@ -204,7 +205,7 @@ class GenerationMetrics:
             return self.reference
         total = self._total(self._num_real)
         if total < 2:
-            raise ValueError(f"real statistics need at least 2 images, got {total}")
+            raise InputError(f"real statistics need at least 2 images, got {total}")
         with self._manifold.sync_context():
             pool = self._manifold.sides()[0][: self.rules.max_pool].clone()
         classes = None
@@ -261,7 +262,7 @@ class GenerationMetrics:
         reference.require(extractor=self.features.name, kind=self.kind)
         classes = reference.classes
         if classes is not None and self.num_classes not in (None, classes.count.numel()):
-            raise ValueError(
+            raise InputError(
                 f"the reference knows {classes.count.numel()} classes, num_classes is {self.num_classes}; "
                 "they describe different image sets"
             )

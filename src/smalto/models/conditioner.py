@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.errors import InputError
+
 
 def _check_drop_prob(drop_prob: float) -> None:
     if not 0 <= drop_prob < 1:
-        raise ValueError(f"conditioner: drop_prob is {drop_prob}, must be in [0, 1)")
+        raise InputError(f"conditioner: drop_prob is {drop_prob}, must be in [0, 1)")
 
 
 class ClassConditioner(nn.Module):
@@ -40,7 +42,7 @@ class ClassConditioner(nn.Module):
     def check(self, condition: Tensor) -> None:
         """Raise ValueError for labels the model has not got; done where labels come from a user, not per step."""
         if condition.numel() and not (int(condition.min()) >= 0 and int(condition.max()) < self.num_classes):
-            raise ValueError(
+            raise InputError(
                 f"labels run from {int(condition.min())} to {int(condition.max())}, "
                 f"the model knows classes 0 to {self.num_classes - 1}"
             )
@@ -85,7 +87,7 @@ class TextConditioner(nn.Module):
     def check(self, condition: Tensor) -> None:
         """Raise ValueError for features of another shape than the model was built for."""
         if condition.shape[1:] != (self.num_tokens, self.text_dim):
-            raise ValueError(
+            raise InputError(
                 f"text features have shape {tuple(condition.shape)}, "
                 f"the model takes (batch, {self.num_tokens}, {self.text_dim})"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smalto.errors import InputError
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.nn.block import TransformerBlock
 from smalto.nn.initial import draw_normal
@@ -67,9 +68,9 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if len(code_shape) != 1 or len(code_shape[0]) != 2:
-            raise ValueError(f"code_shape is {code_shape}; a raster model takes one grid, ((rows, columns),)")
+            raise InputError(f"code_shape is {code_shape}; a raster model takes one grid, ((rows, columns),)")
         if dim % num_heads:
-            raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
+            raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
         rows, columns = code_shape[0]
         self.code_shape: CodeShape = ((rows, columns),)
         self.num_codes = rows * columns

@@ -6,6 +6,7 @@ Legend: B batch, T positions, H heads, D head size.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.errors import InputError
 from smalto.nn.kv_cache import KVCache
 from smalto.nn.rope import apply_rope
 
@@ -25,9 +26,9 @@ class Attention(nn.Module):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         if dim % num_heads:
-            raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
+            raise InputError(f"dim ({dim}) must be divisible by num_heads ({num_heads})")
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
+            raise InputError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = dim // num_heads

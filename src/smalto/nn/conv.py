@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.errors import InputError
+
 
 def silu(x: Tensor) -> Tensor:
     """``x * sigmoid(x)`` of a tensor that nobody else needs, in its memory where no gradient asks for it later."""
@@ -15,7 +17,7 @@ class Normalize(nn.GroupNorm):
 
     def __init__(self, channels: int, *, groups: int = 32) -> None:
         if channels % groups:
-            raise ValueError(
+            raise InputError(
                 f"{channels} channels cannot be normalised in {groups} groups; "
                 "choose base_channels times every multiplier divisible by norm_groups"
             )

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
+
 
 class KVCache:
     """Static buffers of ``max_length`` positions for all layers, filled from the front.
@@ -45,7 +47,7 @@ class KVCache:
     def check(self, more: int) -> None:
         """Raise ValueError unless ``more`` positions are left."""
         if self.length + more > self.max_length:
-            raise ValueError(f"KV cache holds {self.max_length} positions, {self.length + more} were asked for")
+            raise InputError(f"KV cache holds {self.max_length} positions, {self.length + more} were asked for")
 
     def advance(self, steps: int) -> None:
         """Declare ``steps`` more positions filled, after all layers have written them."""

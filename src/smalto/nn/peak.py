@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from smalto.errors import InputError
+
 NAMED_TFLOPS = {
     "v100": 125.0,
     "t4": 65.0,
@@ -61,11 +63,11 @@ def peak_tflops(wanted: float | str | None, device: torch.device, dtype: torch.d
         return measured_tflops(device, dtype)
     if isinstance(wanted, str):
         if wanted not in NAMED_TFLOPS:
-            raise ValueError(
+            raise InputError(
                 f"peak_tflops is {wanted!r}, known devices are {', '.join(NAMED_TFLOPS)}; or give a number (TFLOP/s of "
                 "one device), or null to measure"
             )
         return NAMED_TFLOPS[wanted]
     if wanted <= 0:
-        raise ValueError(f"peak_tflops is {wanted}, must be positive (TFLOP/s of one device), or null to measure")
+        raise InputError(f"peak_tflops is {wanted}, must be positive (TFLOP/s of one device), or null to measure")
     return float(wanted)

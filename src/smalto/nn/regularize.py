@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from smalto.errors import InputError
+
 
 class DropPath(nn.Module):
     """Stochastic depth per sample (arXiv:1603.09382): a residual branch is dropped whole, survivors are rescaled."""
@@ -10,7 +12,7 @@ class DropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
-            raise ValueError(f"drop_path is {drop_prob}, must be in [0, 1)")
+            raise InputError(f"drop_path is {drop_prob}, must be in [0, 1)")
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:

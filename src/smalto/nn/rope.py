@@ -6,6 +6,8 @@ Legend: T positions, D head size, H heads.
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
+
 
 def axial_rope(
     grid: tuple[int, int], head_dim: int, *, base: float = 10000.0, prefix: int = 0, prefix_mode: str = "zero"
@@ -25,9 +27,9 @@ def axial_rope(
         float32 (prefix + rows * columns, head_dim / 2, 2) holding (cos, sin), row frequencies first.
     """
     if head_dim % 4:
-        raise ValueError(f"head_dim is {head_dim}; 2-D rotary embedding needs a multiple of 4 (dim / num_heads)")
+        raise InputError(f"head_dim is {head_dim}; 2-D rotary embedding needs a multiple of 4 (dim / num_heads)")
     if prefix_mode not in ("zero", "identity"):
-        raise ValueError(f"condition_rope is {prefix_mode!r}, must be 'zero' (as LlamaGen) or 'identity'")
+        raise InputError(f"condition_rope is {prefix_mode!r}, must be 'zero' (as LlamaGen) or 'identity'")
     half = head_dim // 2
     frequencies = base ** -(torch.arange(0, half, 2).float() / half)
     rows, columns = grid

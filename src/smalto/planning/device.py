@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smalto.errors import InputError
 from smalto.nn.peak import measured_bandwidth, measured_tflops
 
 GIB = 2**30
@@ -38,7 +39,7 @@ class Device:
     def __post_init__(self) -> None:
         for name in ("memory_gib", "fp32_tflops", "half_tflops", "bandwidth_gb_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"devices.{self.name}.{name} is {getattr(self, name)}, must be positive")
+                raise InputError(f"devices.{self.name}.{name} is {getattr(self, name)}, must be positive")
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at best in a ``trainer.precision``.
@@ -47,7 +48,7 @@ class Device:
             ValueError: a bfloat16 precision on a device without.
         """
         if precision.startswith("bf16") and not self.bf16:
-            raise ValueError(
+            raise InputError(
                 f"trainer.precision is {precision}, {self.name} has no units for bfloat16; set "
                 "trainer.precision=16-mixed (generators), 32-true, or another device="
             )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from smalto.errors import InputError
+
 MFU = {"gpt": 0.35, "tokenizer": 0.15}
 """Share of the peak that is assumed when none is given.
 
@@ -46,7 +48,7 @@ def find_schedule(trainer: dict[str, Any], *, num_images: int, batch_size: int, 
     """
     accumulate = trainer["accumulate_grad_batches"]
     if num_images < batch_size * accumulate:
-        raise ValueError(
+        raise InputError(
             f"an epoch has {num_images} images, one step takes data.batch_size={batch_size} x "
             f"trainer.accumulate_grad_batches={accumulate}; lower one of them, or give plan.num_images"
         )

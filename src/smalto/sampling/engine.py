@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.models.conditioner import TextConditioner
 from smalto.models.gpt import GPT
 from smalto.nn.block import TransformerBlock
@@ -49,12 +50,12 @@ class EngineConfig:
         if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
             resolve_dtype(self.dtype, torch.device("cpu"))
         if self.compile and self.dtype == "fp16":
-            raise ValueError(
+            raise InputError(
                 "engine.compile=true cannot see into the fp16 weights of engine.dtype=fp16; "
                 "choose auto, fp32, bf16 or int8"
             )
         if self.decode not in PRECISIONS:
-            raise ValueError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
+            raise InputError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
 
 
 class _Layer:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from smalto.errors import InputError
 from smalto.models.gpt import GPT
 from smalto.sampling.packed import BYTES_PER_WEIGHT
 
@@ -55,7 +56,7 @@ def check_batch(model: GPT, images: int, *, guided: bool, dtype: str, packed: bo
         return
     fitting = max(0, (free - copy) // each)
     advice = f"the largest batch that fits is {fitting}" if fitting else "not even one image fits"
-    raise ValueError(
+    raise InputError(
         f"a batch of {images} images needs about {(copy + images * each) / 1e9:.1f} GB "
         f"({each / 1e6:.0f} MB per image, {copy / 1e9:.1f} GB of packed weights), "
         f"{free / 1e9:.1f} GB are free on {device}; {advice} (batch_size=...)"

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalto.errors import InputError
+
 Linear = Callable[[Tensor], Tensor]
 
 DTYPES = ("auto", "fp32", "bf16", "fp16", "int8")
@@ -34,9 +36,9 @@ def resolve_dtype(name: str, device: torch.device, *, packed: bool = True) -> st
         ValueError: an unknown name, or ``fp16`` where there is no kernel for it.
     """
     if name not in DTYPES:
-        raise ValueError(f"engine.dtype is {name!r}, choose one of {', '.join(DTYPES)}")
+        raise InputError(f"engine.dtype is {name!r}, choose one of {', '.join(DTYPES)}")
     if name == "fp16" and not (device.type == "cpu" and _has_fp16()):
-        raise ValueError(
+        raise InputError(
             "engine.dtype is 'fp16', which needs the FBGEMM kernels of an x86 CPU; "
             f"on {device} choose auto, fp32, bf16 or int8"
         )
@@ -96,7 +98,7 @@ class _Fp16Linear:
 
     def __init__(self, weight: Tensor) -> None:
         if weight.numel() and float(weight.abs().max()) > _FP16_MAX:
-            raise ValueError(
+            raise InputError(
                 f"a weight of {float(weight.abs().max()):.3g} does not fit in fp16 (at most {_FP16_MAX:g}); "
                 "use engine.dtype=fp32"
             )

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
+
 LabelKind = Literal["balanced", "random"]
 
 _LABEL = 1  # stream number of the label, apart from the image's seed
@@ -30,7 +32,7 @@ def wanted_labels(kind: LabelKind, indices: Sequence[int], classes: Sequence[int
         ValueError: another word.
     """
     if kind not in ("balanced", "random"):
-        raise ValueError(f"labels is {kind!r}, must be balanced (round the classes) or random")
+        raise InputError(f"labels is {kind!r}, must be balanced (round the classes) or random")
     return balanced_labels(indices, classes) if kind == "balanced" else random_labels(indices, classes, seed)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.sampling.requests import LabelKind, image_seeds, wanted_labels
 from smalto.types import SamplesImages, SamplingConfig
 
@@ -45,7 +46,7 @@ def draw_images(
         ValueError: a batch size below 1, an unknown kind of labels; what the task refuses.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+        raise InputError(f"batch_size is {batch_size}, must be at least 1")
     with fixed_weights(task):
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from smalto.files import replacing
+
 
 class PictureFolder:
     """Files ``000000.png``, ``000001.png``, ... by image number."""
@@ -27,9 +29,8 @@ class PictureFolder:
     def write(self, indices: Sequence[int], images: Tensor) -> None:
         """Save uint8 (B, 3, H, W); a file appears whole or not at all."""
         for i, pixels in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            unfinished = self.path / f"{i:06d}.tmp"
-            Image.fromarray(np.ascontiguousarray(pixels)).save(unfinished, format="PNG")
-            unfinished.replace(self.file(i))
+            with replacing(self.file(i)) as unfinished:
+                Image.fromarray(np.ascontiguousarray(pixels)).save(unfinished, format="PNG")
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (B, H, W, 3)."""
@@ -62,18 +63,16 @@ def pack_npz(
     """
     order = np.arange(count) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(count)
     height, width, _ = folder.read([0])[0].shape
-    unfinished = path.with_name(path.name + ".tmp")
     beside = {"index": order} | ({} if labels is None else {"labels": labels[order]})
-    try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
-                np.lib.format.write_array_header_1_0(stream, header)
-                for start in range(0, count, chunk):
-                    stream.write(folder.read(order[start : start + chunk].tolist()).tobytes())
-            for name, array in beside.items():
-                with archive.open(f"{name}.npy", "w") as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        replacing(path) as unfinished,
+        zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for start in range(0, count, chunk):
+                stream.write(folder.read(order[start : start + chunk].tolist()).tobytes())
+        for name, array in beside.items():
+            with archive.open(f"{name}.npy", "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

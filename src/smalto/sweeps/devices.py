@@ -1,6 +1,5 @@
 """Which GPUs a job of a sweep gets when several run on one machine: its own, and only while it runs."""
 
-import fcntl
 import getpass
 import logging
 import os
@@ -8,11 +7,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from smalto.errors import InputError, StorageError
+from smalto.files import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -55,40 +56,29 @@ def claimed(wanted: int, visible: list[str]) -> Iterator[tuple[list[str], list[i
         ValueError: more wanted than there are.
     """
     if wanted > len(visible):
-        raise ValueError(
+        raise InputError(
             f"a job wants {wanted} GPUs (trainer.devices), this machine shows {len(visible)}: {','.join(visible)}; "
             "set trainer.devices to what one job may have"
         )
     folder = Path(tempfile.gettempdir()) / f"smalto-gpus-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise StorageError(f"{folder} is a link, or somebody else's; remove it, or set TMPDIR to a folder of your own")
     waiting = False
     while True:
         with ExitStack() as stack:
-            held: dict[str, TextIOWrapper] = {}
+            held: dict[str, FileLock] = {}
             for name in visible:
                 if len(held) == wanted:
                     break
-                file = stack.enter_context((folder / name.replace("/", "_")).open("w"))
-                if locked(file):
-                    held[name] = file
+                # Kept: a job that inherited it holds it longer than we do.
+                lock = FileLock(folder / name.replace("/", "_"), keep=True)
+                if lock.try_acquire():
+                    held[name] = stack.enter_context(lock)
             if len(held) == wanted:
-                yield list(held), [file.fileno() for file in held.values()]
+                yield list(held), [lock.fileno() for lock in held.values()]
                 return
         if not waiting:
             log.info("waiting for %d free GPU(s) of %s", wanted, ",".join(visible))
             waiting = True
         time.sleep(1 + os.getpid() % 7 / 10)  # jobs that want several must not take and release in step
-
-
-def locked(file: TextIOWrapper) -> bool:
-    """Lock an open file for this process and its heirs, if no one else has it.
-
-    A file system without locks answers as if all were free.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        log.warning("%s cannot be locked (%s)", file.name, error.strerror)
-    return True

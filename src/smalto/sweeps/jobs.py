@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smalto.data.ranks import leads
-from smalto.data.write import write_bytes, write_json
+from smalto.files import write_bytes, write_json
 from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
 from smalto.sweeps.names import STOP
 from smalto.sweeps.process import how_it_ended, wait_for

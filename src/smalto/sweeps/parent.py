@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from smalto.analysis.runs import SWEEP_TAG, client
-from smalto.data.write import write_bytes
+from smalto.files import write_bytes
 from smalto.sweeps.names import PARENT
 
 MEMORY = "mlflow_run_id"

@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from smalto.errors import InputError
 from smalto.nn.initial import share_of
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
 from smalto.tasks.sharded_folder import Place, is_folder, read_folder
@@ -50,7 +51,7 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
         checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
     found = about_run(checkpoint, path)["kind"]
     if kind is not None and found != kind:
-        raise ValueError(f"{path} holds a {found}, a {kind} is needed here")
+        raise InputError(f"{path} holds a {found}, a {kind} is needed here")
     return checkpoint
 
 
@@ -61,7 +62,7 @@ def about_run(checkpoint: Any, path: Path) -> dict[str, Any]:
         ValueError: it says nothing, because smalto did not write it.
     """
     if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
-        raise ValueError(
+        raise InputError(
             f"{path} carries no smalto config; only checkpoints written by smalto train can be used here (a file of "
             f"the LlamaGen authors becomes one by smalto convert in={path} out=NAME.ckpt)"
         )
@@ -92,14 +93,14 @@ def _read_exported(path: Path) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     tensors = read_safetensors(path)
     if not beside.exists():
-        raise ValueError(
+        raise InputError(
             f"{path} carries no smalto config: {beside.name} is missing beside it; copy that too, or make both by "
             "smalto convert in=FILE out=NAME.safetensors format=safetensors from a checkpoint of smalto train"
         )
     try:
         checkpoint = json.loads(beside.read_text())
     except ValueError as error:
-        raise ValueError(f"{beside} is not the JSON file of {path.name} ({error}); copy it again") from error
+        raise InputError(f"{beside} is not the JSON file of {path.name} ({error}); copy it again") from error
     official = with_prefix(tensors, f"{OFFICIAL_KEY}.")
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{OFFICIAL_KEY}.")}
     return checkpoint | {"state_dict": state, "callbacks": {}, OFFICIAL_KEY: official}
@@ -143,7 +144,7 @@ def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
         if name in given and given[name].shape != value.shape
     ]
     if wrong:
-        raise ValueError(f"{what}: {'; '.join(wrong)}")
+        raise InputError(f"{what}: {'; '.join(wrong)}")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(share_of(given[name], value))

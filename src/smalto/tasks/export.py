@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from smalto import __version__
-from smalto.data.write import write_json
+from smalto.files import write_json
 from smalto.tasks.checkpoint import CONFIG_KEY, OFFICIAL_KEY
 from smalto.tasks.official import USAGE_QUEUE, USAGE_QUEUE_LENGTH, official_name
 from smalto.tasks.safetensors import write_safetensors

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
+from smalto.errors import InputError
 from smalto.losses.cross_entropy import linear_cross_entropy
 from smalto.nn.whole import whole
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
@@ -61,7 +62,7 @@ class GPTTask(L.LightningModule):
     ) -> None:
         super().__init__()
         if min(loss_rows, recompute_every) < 0:
-            raise ValueError(
+            raise InputError(
                 f"task.loss_rows is {loss_rows} and task.recompute_every is {recompute_every}; both must be at least 0 "
                 "(0 switches off)"
             )
@@ -113,7 +114,7 @@ class GPTTask(L.LightningModule):
         """Refuse codes that another tokenizer wrote: the loss would fall, the pictures would be noise."""
         meta = getattr(getattr(self.trainer, "datamodule", None), "meta", None)
         if meta is not None and self._tokenizer_fingerprint not in (None, meta["tokenizer"]["fingerprint"]):
-            raise ValueError(
+            raise InputError(
                 f"the codes were written by {meta['tokenizer']['path']} (weights {meta['tokenizer']['fingerprint']}), "
                 f"task.tokenizer_ckpt={self.tokenizer_ckpt} has weights {self._tokenizer_fingerprint}; give the "
                 "checkpoint that wrote the codes, or run smalto extract with this one"
@@ -124,7 +125,7 @@ class GPTTask(L.LightningModule):
         given = (tokenizer.codebook_size, tokenizer.code_shape)
         wanted = (self.net.vocab_size, self.net.code_shape)
         if given != wanted:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer has {given[0]} codes on the grid {given[1]}, the model expects {wanted[0]} on "
                 f"{wanted[1]}; choose tokenizer= and image_size= as the tokenizer was trained, or another one"
             )
@@ -292,7 +293,7 @@ class GPTTask(L.LightningModule):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Pictures of int64 codes (B, L) as uint8 (B, 3, H, W)."""
         if self.tokenizer is None:
-            raise ValueError("this model was trained without a tokenizer; give tokenizer_ckpt=PATH to see pictures")
+            raise InputError("this model was trained without a tokenizer; give tokenizer_ckpt=PATH to see pictures")
         chunks = codes.split(self.decode_batch_size)
         pictures = (decode(self.tokenizer, chunk, precision=self.engine.decode) for chunk in chunks)
         return torch.cat([self.to_pixels(picture) for picture in pictures])

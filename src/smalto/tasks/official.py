@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from smalto.errors import InputError
+
 WRAPPERS = ("model", "module", "state_dict")
 """Where weights lie in a file: DDP training, DeepSpeed, Lightning; FSDP wrote them without a wrapper."""
 INNER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.")
@@ -79,10 +81,10 @@ def official_weights(content: Any, *, which: str | None, path: Path) -> dict[str
         ValueError: no weights in it, or something that is not a tensor among them.
     """
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds {_described(content)}, a dict of weights is needed; give a model checkpoint")
+        raise InputError(f"{path} holds {_described(content)}, a dict of weights is needed; give a model checkpoint")
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     if which == "ema" and not isinstance(content.get("ema"), dict):
-        raise ValueError(f"{path} has no averaged weights (it holds {_listed(content)}); use weights=model")
+        raise InputError(f"{path} has no averaged weights (it holds {_listed(content)}); use weights=model")
     if which != "model" and isinstance(content.get("ema"), dict):
         weights = _tensors(content["ema"], path)
         trained = _tensors(content[wrapper], path) if wrapper else {}
@@ -93,7 +95,7 @@ def official_weights(content: Any, *, which: str | None, path: Path) -> dict[str
 def _tensors(weights: dict[str, Any], path: Path) -> dict[str, Tensor]:
     others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(
+        raise InputError(
             f"{path} holds no weights where they were looked for: {_listed(others)} are not tensors; they are "
             "expected under model, ema, module, state_dict, or without any wrapper"
         )
@@ -103,7 +105,7 @@ def _tensors(weights: dict[str, Any], path: Path) -> dict[str, Tensor]:
         if name.rsplit(".", 1)[-1] in LEFTOVERS:
             continue
         if name in plain:
-            raise ValueError(f"{path} holds {name} twice, once under another prefix; save one of the two alone")
+            raise InputError(f"{path} holds {name} twice, once under another prefix; save one of the two alone")
         plain[name] = value
     return plain
 
@@ -119,7 +121,7 @@ def kind_of(names: Iterable[str], path: Path) -> str:
         return "gpt"
     if any(name.startswith(("encoder.", "decoder.", "quantize.")) for name in names):
         return "tokenizer"
-    raise ValueError(
+    raise InputError(
         f"{path} is neither a tokenizer nor a generator of LlamaGen: its tensors are {_listed(names)}; "
         "give one of the released files, or a checkpoint of smalto"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.nn.mlp import swiglu_hidden_size
 
 HEADS = {
@@ -54,7 +55,7 @@ class Shapes:
             shape = self.shapes.get(name, ())
             if len(shape) > axis:
                 return shape[axis]
-        raise ValueError(
+        raise InputError(
             f"{self.path}: missing tensor{'s' * (len(names) > 1)} {' and '.join(names)}, without which the size of the "
             "network cannot be told; the file is incomplete, or of another model"
         )
@@ -83,7 +84,7 @@ def gpt_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> dict[st
     if num_heads is None:
         asked.append(f"num_heads=N (width {dim} with {layers} layers is no published size)")
     if asked:
-        raise ValueError(f"{path}: a generator's tensors do not show everything; give {' and '.join(asked)}")
+        raise InputError(f"{path}: a generator's tensors do not show everything; give {' and '.join(asked)}")
     assert hints.image_size is not None
     assert num_heads is not None
     factor = hints.downsample_factor or 16
@@ -93,12 +94,12 @@ def gpt_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> dict[st
     if dim % num_heads or (dim // num_heads) % 4:
         problems.append(f"num_heads is {num_heads}, {dim} / num_heads must be a multiple of 4")
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise InputError(f"{path}: {'; '.join(problems)}")
     packed = shapes.size(0, *(f"layers.{i}.attention.wqkv.weight" for i in range(max(layers, 1))))
     hidden = shapes.size(0, *(f"layers.{i}.feed_forward.w{j}.weight" for i in range(max(layers, 1)) for j in (1, 3)))
     kv_heads, rest = divmod(packed * num_heads // dim - num_heads, 2)
     if rest or kv_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"{path}: attention.wqkv has {packed} rows, which {num_heads} heads of {dim} do not give")
+        raise InputError(f"{path}: attention.wqkv has {packed} rows, which {num_heads} heads of {dim} do not give")
     side = hints.image_size // factor
     return {
         "_target_": "smalto.models.gpt.GPT",
@@ -118,7 +119,7 @@ def _multiple_of(dim: int, hidden: int, path: Path) -> int:
     for multiple in (256, 128, 64, 32, 16, 8, 512, 1024, hidden):
         if swiglu_hidden_size(dim, multiple) == hidden:
             return multiple
-    raise ValueError(f"{path}: a feed-forward width of {hidden} for width {dim} is below two thirds of 4 x {dim}")
+    raise InputError(f"{path}: a feed-forward width of {hidden} for width {dim} is below two thirds of 4 x {dim}")
 
 
 def _conditioner_node(shapes: Shapes) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def tokenizer_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> d
         for i in range(levels)
     ]
     if any(width % base for width in widths):
-        raise ValueError(f"{path}: widths {widths} of the encoder are not multiples of its first, {base}")
+        raise InputError(f"{path}: widths {widths} of the encoder are not multiples of its first, {base}")
     return {
         "_target_": "smalto.tokenizers.vqgan.VQModel",
         "_partial_": True,
@@ -193,7 +194,7 @@ def discriminator_node(weights: Mapping[str, Tensor], path: Path) -> dict[str, A
             "_partial_": True,
             "image_size": 4 * 2**blocks,
         }
-    raise ValueError(f"{path}: its discriminator is neither PatchGAN nor StyleGAN; remove that entry from the file")
+    raise InputError(f"{path}: its discriminator is neither PatchGAN nor StyleGAN; remove that entry from the file")
 
 
 def task_node(kind: str, net: dict[str, Any], discriminator: dict[str, Any] | None) -> dict[str, Any]:

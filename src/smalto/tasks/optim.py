@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from smalto.errors import InputError
+
 log = logging.getLogger(__name__)
 
 FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu", "hpu", "mtia"}
@@ -71,14 +73,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "cosine"):
-            raise ValueError(f"task.schedule.kind is {self.kind!r}, must be 'constant' or 'cosine'")
+            raise InputError(f"task.schedule.kind is {self.kind!r}, must be 'constant' or 'cosine'")
         if self.warmup_steps < 0 or not 0 <= self.final_factor <= 1:
-            raise ValueError(
+            raise InputError(
                 f"task.schedule: warmup_steps is {self.warmup_steps} (needs >= 0), final_factor is "
                 f"{self.final_factor} (needs 0 to 1)"
             )
         if self.kind == "cosine" and (self.total_steps is None or self.total_steps < 1):
-            raise ValueError(
+            raise InputError(
                 f"task.schedule: a cosine needs to know its end, total_steps is {self.total_steps}; "
                 "set trainer.max_steps or task.schedule.total_steps"
             )

@@ -5,7 +5,6 @@ writes; here a tensor goes from file to file.
 """
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalto.data.write import commit
+from smalto.errors import InputError, MissingFile
+from smalto.files import replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,7 +45,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in NAMES:
-            raise ValueError(f"{name} is {tensor.dtype}, safetensors here takes {', '.join(DTYPES)}")
+            raise InputError(f"{name} is {tensor.dtype}, safetensors here takes {', '.join(DTYPES)}")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": NAMES[tensor.dtype],
@@ -54,19 +54,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for name in names:
-                if tensors[name].numel():
-                    file.write(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        commit(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in names:
+            if tensors[name].numel():
+                file.write(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -78,25 +71,25 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file; check the path")
+        raise MissingFile(f"{path} does not exist, or is no file; check the path")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
-                raise ValueError(f"its header would have {length} bytes, the file has {size}")
+                raise InputError(f"its header would have {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         places = {name: (*e["data_offsets"], DTYPES[e["dtype"]], e["shape"]) for name, e in header.items()}
         last = max((end for _, end, *_ in places.values()), default=0)
         if 8 + length + last > size:
-            raise ValueError(f"{8 + length + last} bytes are announced, the file has {size}")
+            raise InputError(f"{8 + length + last} bytes are announced, the file has {size}")
         data: Any = torch.UntypedStorage.from_file(str(path), False, size)
         first = 8 + length
         return {name: _view(data[first + start : first + end], *kind) for name, (start, end, *kind) in places.items()}
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is not a whole safetensors file ({reason}); copy it again") from error
+        raise InputError(f"{path} is not a whole safetensors file ({reason}); copy it again") from error
 
 
 def _view(raw: Any, dtype: torch.dtype, shape: list[int]) -> Tensor:

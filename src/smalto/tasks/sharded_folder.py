@@ -19,7 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from smalto.data.write import write_bytes
+from smalto.errors import InputError
+from smalto.files import write_bytes
 from smalto.tasks.torch_file import DAMAGE, read_torch_file
 
 Place = tuple[Any, ...]
@@ -133,7 +134,7 @@ def read_folder(
     path = Path(path)
     found = damage(path)
     if found is not None:
-        raise ValueError(f"{path} is not a whole checkpoint folder: {found}; copy it again, or use the one before")
+        raise InputError(f"{path} is not a whole checkpoint folder: {found}; copy it again, or use the one before")
     tree = read_torch_file(path / META)
     reader = _Reader(path)
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -158,7 +159,7 @@ def read_folder(
                 dcp.load(dict(targets), storage_reader=reader, no_dist=True)
     except (*DAMAGE, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is damaged ({reason}); copy it again, or use the one before") from error
+        raise InputError(f"{path} is damaged ({reason}); copy it again, or use the one before") from error
     return tree
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from smalto.errors import StorageError
 from smalto.nn.initial import share_of
 from smalto.tasks.checkpoint import EMA_KEY
 from smalto.tasks.sharded_folder import Place, ShardWriter, is_folder, read_folder, take_tensors, write_meta
@@ -30,7 +31,7 @@ def _as_os_error() -> Iterator[None]:
         yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise OSError(f"process {rank}: {getattr(cause, 'strerror', None) or cause}") from error
+        raise StorageError(f"process {rank}: {getattr(cause, 'strerror', None) or cause}") from error
 
 
 class AnyCheckpoint(TorchCheckpointIO):

@@ -8,6 +8,8 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from smalto.errors import InputError
+
 TRUSTED = ("smalto.", "torch.optim.")
 
 
@@ -32,14 +34,14 @@ def _check(target: str) -> None:
         try:
             found = get_object(target)
         except (ImportError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"the config in the checkpoint names {target}, which this version of smalto has not got; use the "
                 "version that wrote it"
             ) from error
         # smalto.runtime.os.system is a dotted path of smalto too: what counts is where the class is defined.
         if isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED):
             return
-    raise ValueError(
+    raise InputError(
         f"the config in the checkpoint wants to build {target}; only classes of smalto and torch.optim are built from "
         "files, so that opening a file runs no other code"
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smalto.data.transforms import to_float, to_pixels
+from smalto.errors import InputError
 from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
 from smalto.nn.flops import forward_flops
 from smalto.sampling.engine import EngineConfig
@@ -74,7 +75,7 @@ class TokenizerTask(L.LightningModule):
             ("gen_loss", gen_loss, GENERATOR_LOSSES),
         ):
             if value not in known:
-                raise ValueError(f"task.{key} is {value!r}, must be one of {', '.join(known)}")
+                raise InputError(f"task.{key} is {value!r}, must be one of {', '.join(known)}")
         self.net_factory = net
         self.optimizer_factory = optimizer
         self.discriminator_factory = discriminator or None
@@ -115,12 +116,12 @@ class TokenizerTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what manual optimization cannot do; tell DDP that not every step has gradients for every parameter."""
         if self.trainer.precision == "16-mixed":
-            raise ValueError(
+            raise InputError(
                 "trainer.precision is 16-mixed; two optimizers share no loss scaler here, use bf16-mixed or 32"
             )
         strategy: Any = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            raise ValueError(
+            raise InputError(
                 "strategy=fsdp shards transformers; a tokenizer fits on every device many times over, so train it with "
                 "strategy=ddp"
             )

@@ -1,7 +1,6 @@
 """Files of ``torch.save``, read without running anything that they bring along and written at once."""
 
 import argparse
-import os
 import pickle
 import re
 import struct
@@ -12,7 +11,8 @@ from zipfile import is_zipfile
 
 import torch
 
-from smalto.data.write import commit
+from smalto.errors import InputError, MissingFile
+from smalto.files import replacing
 
 DAMAGE = (
     RuntimeError,
@@ -49,9 +49,9 @@ def read_torch_file(path: str | Path) -> Any:
     path = Path(path)
     if path.is_dir():
         inside = "consolidated.pth" if (path / "consolidated.pth").exists() else "checkpoints/last.ckpt"
-        raise ValueError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/{inside}")
+        raise InputError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/{inside}")
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
+        raise MissingFile(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
     with path.open("rb") as file:
         head = file.read(512)
     zipped = is_zipfile(path)
@@ -59,13 +59,13 @@ def read_torch_file(path: str | Path) -> Any:
         start = head.lstrip().lower()
         kind = next((what for mark, what in NOT_TORCH if start.startswith(mark.lower())), None)
         kind = kind or ("another kind of file" if head else "an empty file")
-        raise ValueError(f"{path} is not a torch checkpoint (not a whole zip archive, but {kind}); copy it again")
+        raise InputError(f"{path} is not a torch checkpoint (not a whole zip archive, but {kind}); copy it again")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about unusual pickles; they load or they do not
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
-        raise ValueError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error
+        raise InputError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -83,12 +83,5 @@ def _reason(error: Exception) -> str:
 
 def write_torch_file(path: Path, content: Any) -> None:
     """Save at ``path`` at once: temporary name, fsync, rename. Mapped tensors go from file to file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        commit(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.tasks.checkpoint import CONFIG_KEY, OFFICIAL_KEY, build_network, network_state, read_checkpoint, with_prefix
 from smalto.tasks.official import USAGE_QUEUE, arguments, kind_of, official_name, official_weights
 from smalto.tasks.official_config import Hints, discriminator_node, gpt_node, task_node, tokenizer_node
@@ -82,7 +83,7 @@ def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) ->
 
 def _of_smalto(checkpoint: dict[str, Any], *, which: str | None, path: Path) -> Weights:
     if which == "ema" and "EMA" not in checkpoint.get("callbacks", {}):
-        raise ValueError(f"{path} has no averaged weights; use weights=model")
+        raise InputError(f"{path} has no averaged weights; use weights=model")
     entry, state = checkpoint[CONFIG_KEY], checkpoint["state_dict"]
     return Weights(
         kind=entry["kind"],
@@ -152,7 +153,7 @@ def check_fit(
         with torch.device("meta"):
             built = build_network(node).state_dict()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: the network that it describes cannot be built: {error}") from error
+        raise InputError(f"{path}: the network that it describes cannot be built: {error}") from error
     names = {ours: official_name(kind, ours) if official else ours for ours in built}
     wanted = {names[ours]: tuple(tensor.shape) for ours, tensor in built.items()}
     problems = [
@@ -172,7 +173,7 @@ def check_fit(
         if found
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the {kind} that its tensors are said to be; {'; '.join(problems)}")
+        raise InputError(f"{path} does not fit the {kind} that its tensors are said to be; {'; '.join(problems)}")
     return names
 
 
@@ -192,7 +193,7 @@ def with_tokenizer(weights: Weights, tokenizer: Weights, *, paths: tuple[Path, P
     node = tokenizer.net | {"image_size": side * downsample_factor(tokenizer.net)}
     size = node["quantizer"]["codebook_size"]
     if size != weights.net["vocab_size"]:
-        raise ValueError(
+        raise InputError(
             f"{given} has {size} codes, {generator} was trained on {weights.net['vocab_size']}; give the tokenizer "
             "whose codes it was trained on"
         )

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
+
 PRECISIONS = ("fp32", "bf16", "auto")
 
 
@@ -29,7 +31,7 @@ def use_bf16(precision: str, device: torch.device | str) -> bool:
         ValueError: another word.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision is {precision!r}, must be one of {', '.join(PRECISIONS)}")
     return precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
 
 

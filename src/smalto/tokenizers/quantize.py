@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalto.errors import InputError
 from smalto.nn.global_batch import mean_over_processes
 
 LOOKUP_ROWS = {"cpu": 64}
@@ -67,11 +68,11 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if codebook_size < 2 or codebook_dim < 1:
-            raise ValueError(
+            raise InputError(
                 f"quantizer: codebook_size is {codebook_size} (needs >= 2), codebook_dim is {codebook_dim} (needs >= 1)"
             )
         if min(commitment_weight, entropy_weight) < 0 or entropy_temperature <= 0:
-            raise ValueError(
+            raise InputError(
                 f"quantizer: commitment_weight ({commitment_weight}) and entropy_weight ({entropy_weight}) must be "
                 f">= 0, entropy_temperature ({entropy_temperature}) > 0"
             )

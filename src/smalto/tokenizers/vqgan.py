@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from smalto.errors import InputError
 from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample, silu
 from smalto.tokenizers.quantize import QuantizerOutput, VectorQuantizer
 from smalto.types import CodeShape
@@ -166,7 +167,7 @@ class VQModel(nn.Module):
         super().__init__()
         factor = 2 ** (len(channel_multipliers) - 1)
         if image_size % factor or image_size < factor:
-            raise ValueError(
+            raise InputError(
                 f"image_size is {image_size}; a tokenizer of stride {factor} needs a multiple of {factor}, "
                 f"for instance {max(1, image_size // factor) * factor}"
             )
@@ -189,7 +190,7 @@ class VQModel(nn.Module):
     def quantize(self, image: Tensor) -> QuantizerOutput:
         """Float (B, 3, H, W) in [-1, 1] to codes and quantised latents; H and W must be multiples of the stride."""
         if image.shape[-2] % self.downsample_factor or image.shape[-1] % self.downsample_factor:
-            raise ValueError(
+            raise InputError(
                 f"images of {tuple(image.shape[-2:])} px cannot be tokenized with stride {self.downsample_factor}; "
                 "both sides must be multiples of it: crop or resize them (image_size=)"
             )
@@ -212,7 +213,7 @@ class VQModel(nn.Module):
         """Int64 (B, L) with L = the product of ``code_shape`` to float (B, 3, H, W)."""
         rows, columns = self.code_shape[0]
         if codes.shape[1] != math.prod((rows, columns)):
-            raise ValueError(
+            raise InputError(
                 f"{codes.shape[1]} codes per image were given, a {self.image_size}-px tokenizer of stride "
                 f"{self.downsample_factor} decodes {rows} x {columns} = {rows * columns}; set image_size to match"
             )
