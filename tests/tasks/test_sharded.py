@@ -300,7 +300,10 @@ ROOM = 660 * 2**20
 
 def limited_run(folder: Path, *, sharded: bool, room: int = ROOM) -> str:
     """Train the large model in so many bytes more than there are before; what came of it."""
-    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 2**16)  # M_MMAP_MAX, which a command that ran in this process may have set to 0
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    libc.malloc_trim(0)  # and what tests before have freed, or it would be room that nobody counts
     used = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
     limit = int(used) * 1024 + room
     before = resource.getrlimit(resource.RLIMIT_DATA)
