@@ -1,7 +1,6 @@
 """``smalto sample``: a generator's checkpoint to a sheet and pictures; continued after a kill."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,6 +83,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         out, format=kind, settings=settings, command="smalto sample", overwrite=config.overwrite
     ) as folder:
         if folder.finished is None:
+            folder.begin()
             draw = drawer(config, loaded.task, sampling, classes)
             meta: dict[str, Any] = {}
             if as_shards:
@@ -158,8 +158,6 @@ def drawer(config: DictConfig, task: Any, sampling: SamplingConfig, classes: lis
 
 def write_pictures(config: DictConfig, draw: Draw, classes: list[int], out: Path) -> tuple[float, Read]:
     """Draw what is missing into files, then the array; returns images per second, and how to read images."""
-    if config.overwrite:
-        shutil.rmtree(out / "images", ignore_errors=True)
     pictures = PictureFolder(out / "images")
     todo = pictures.missing(range(config.num_images))
     start = time.perf_counter()
