@@ -213,8 +213,8 @@ def test_a_fault_at_any_step_leaves_no_mixture_and_no_dead_end(tmp_path, monkeyp
     ],
 )
 def test_somebody_elses_plan_is_refused_and_nothing_goes(tmp_path, plan, overwrite):
-    theirs = {PLAN: plan, "train-00000.tar": "x", "rejected.jsonl": "x", "a.tmp": "x", ".lock": "x", META: "{}"}
-    for name, text in (theirs | {f"{PARTS}/a": "x", f"{PICTURES}/000000.png": "x"}).items():
+    names = ("train-00000.tar", "rejected.jsonl", "a.tmp", LOCK, META, f"{PARTS}/a", f"{PICTURES}/000000.png")
+    for name, text in (dict.fromkeys(names, "mine") | {PLAN: plan}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     was = content(tmp_path)
@@ -222,6 +222,13 @@ def test_somebody_elses_plan_is_refused_and_nothing_goes(tmp_path, plan, overwri
         with pytest.raises(FileExistsError, match=r"plan.json (was not written by smalto|is of version 2)"):
             run(tmp_path, kind, **NEW, overwrite=overwrite)
     assert content(tmp_path) == was
+
+
+def test_somebody_elses_lock_is_not_taken(tmp_path):
+    (tmp_path / LOCK).write_text("mine")
+    with pytest.raises(FileExistsError, match=r"did not write \(.lock\)"):
+        run(tmp_path, IMAGES, **NEW)
+    assert (tmp_path / LOCK).read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", [SAMPLES, IMAGES, CODES])

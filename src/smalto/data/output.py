@@ -200,7 +200,8 @@ class OutputFolder:
         """The plan in the folder; without one it is empty."""
         plan = Plan.read(self.path)
         if plan is None:
-            known = {LOCK, PLAN}
+            owner = FileLock(self.path / LOCK).owner()
+            known = {PLAN, *([LOCK] if not owner or owner.startswith("process ") else [])}
             paths = list(self.path.iterdir())
             if PLAN not in {path.name for path in paths}:  # by another process, which has the lock then
                 self._check_foreign(
@@ -222,7 +223,7 @@ class OutputFolder:
         self._plan.check_place(self.path)
         if plan is not None:
             plan.check_place(self.path)
-            if not self._overwrite and not plan.clearing and self._is_begun(plan):
+            if not self._overwrite and not plan.clearing and self._changed(plan) and self._is_begun(plan):
                 self._check_settings(plan, "holds an unfinished job")
 
     def _is_begun(self, plan: Plan) -> bool:

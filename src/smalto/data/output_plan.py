@@ -102,11 +102,11 @@ class Plan:
 
     def results(self, folder: Path) -> list[Path]:
         """What the job has made so far."""
-        return [path for path in self._files(folder) if self._is_result(path.relative_to(folder).as_posix())]
+        return [folder / name for name in self._files(folder) if self._is_result(name)]
 
     def unfinished(self, folder: Path) -> list[Path]:
         """Files that a killed process was writing."""
-        return [path for path in self._files(folder) if self._is_temporary(path.relative_to(folder).as_posix())]
+        return [folder / name for name in self._files(folder) if self._is_temporary(name)]
 
     def clear(self, folder: Path) -> None:
         """Remove what the job made and noted, nothing else; the plan itself stays, until another takes its place.
@@ -132,14 +132,15 @@ class Plan:
         """What lies beside the results."""
         return (META, DONE, REJECTED, *(["sheet.png"] if "num_images" in self.settings else []))
 
-    def _files(self, folder: Path) -> Iterator[Path]:
-        """Files and links, here and in the folder inside; no link is followed."""
+    def _files(self, folder: Path) -> Iterator[str]:
+        """Files and links, here and in the folder inside, by their path from ``folder``; no link is followed."""
         room = _ROOMS.get(self.format)
-        for place in (folder, *([folder / room] if room else [])):
-            if not place.is_dir() or (place != folder and place.is_symlink()):
+        for inside in ("", *([f"{room}/"] if room else [])):
+            place = folder / inside
+            if not place.is_dir() or (inside and place.is_symlink()):
                 continue
             with os.scandir(place) as entries:
-                yield from [place / entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
+                yield from [inside + entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
 
     def _is_result(self, name: str) -> bool:
         found = _RESULTS[self.format].fullmatch(name)
