@@ -92,8 +92,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     ) as folder:
         if folder.finished is None:
             folder.begin()
-            count = loaded.task.net.conditioner.num_classes
-            log.info("%d images of %s", config.num_images, described(classes, names=loaded.classes, count=count))
+            log.info("%d images of %s", config.num_images, drawn_classes(classes[: config.num_images], loaded))
             draw = drawer(config, loaded.task, sampling, classes)
             meta: dict[str, Any] = {}
             if as_shards:
@@ -163,6 +162,11 @@ def wanted_classes(labels: Any, loaded: LoadedTask) -> list[int]:
     if count is None:
         raise InputError("this generator is conditioned on text features; smalto sample draws for classes only")
     return class_numbers(_plain(labels), names=loaded.classes, count=count)
+
+
+def drawn_classes(classes: list[int], loaded: LoadedTask) -> str:
+    """Their numbers and names, in a line."""
+    return described(classes, names=loaded.classes, count=loaded.task.net.conditioner.num_classes)
 
 
 def _plain(labels: Any) -> Any:
