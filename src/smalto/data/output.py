@@ -98,9 +98,10 @@ class OutputFolder:
                 for folder in self._made:
                     folder.rmdir()
         if isinstance(error, OSError) and error.errno in _REASONS:
+            again = "same command again" + (" without overwrite=true" if self._overwrite else "")
             raise StorageError(
                 f"{_REASONS[error.errno]}: {error.filename or self.path}; finished shards stay in {self.path}, "
-                "run the same command again to continue"
+                f"run the {again} to continue"
             ) from error
         if isinstance(error, OSError) and error.errno in _WRONG_PATHS:
             raise StorageError(f"out={self.path}: {_WRONG_PATHS[error.errno]}; give another path as out=") from error
@@ -182,7 +183,7 @@ class OutputFolder:
             meta = json.loads((self.path / META).read_bytes())
             shards = [shard for split in meta.get("splits", {}).values() for shard in split["shards"]]
             sizes = {self.path / shard["name"]: shard["bytes"] for shard in shards}
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, FileNotFoundError) as error:
             raise PathInUse(f"{self.path / META} is damaged; {anew}") from error
         if self._plan.format == SAMPLES:
             sizes[self.path / "samples.npz"] = None
