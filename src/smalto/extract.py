@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,7 @@ def extract_codes(
         readers = {split: ImageReader(data, meta, split) for split in meta["splits"]}
         net = tokenizer.tokenizer.to(place)
         described |= _agreement(net, readers, size, ranges, CROPS[crops], place) if bf16 else {}
+        _by_the_first(ranks, folder.begin)
         writer = CodeWriter(
             folder=folder,
             ranks=ranks,
@@ -235,17 +236,22 @@ def _agreement(
 def _opened_by_the_first(folder: OutputFolder, ranks: Ranks) -> Iterator[bool]:
     """Whether the folder is finished already; if the first rank cannot open it, no rank goes on."""
     with ExitStack() as stack:
-        failure: Exception | None = None
-        try:
-            stack.enter_context(folder)
-        except (OSError, ValueError) as error:
-            failure = error
-        problem, finished = ranks.share((failure and str(failure), folder.finished is not None))
-        if failure is not None:
-            raise failure
-        if problem:
-            raise InputError(f"the first process stopped: {problem}")
-        yield finished
+        _by_the_first(ranks, lambda: stack.enter_context(folder))
+        yield ranks.share(folder.finished is not None)
+
+
+def _by_the_first(ranks: Ranks, action: Callable[[], object]) -> None:
+    """What the first rank does for all (nothing, in others); if it cannot, no rank goes on."""
+    failure: Exception | None = None
+    try:
+        action()
+    except (OSError, ValueError) as error:
+        failure = error
+    problem = ranks.share(failure and str(failure))
+    if failure is not None:
+        raise failure
+    if problem:
+        raise InputError(f"the first process stopped: {problem}")
 
 
 def _check(

@@ -25,17 +25,24 @@ TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """A name beside ``path`` to write a file to, the writer's own; it becomes ``path`` when the block ends well.
 
     On the disk before it has the name, so that a power cut leaves the old file or the new one. Several processes may
     do this to one path at a time: each writes a file of its own, and the last one stays.
+
+    Args:
+        path: of the file.
+        lasting: False: not on the disk yet, for one of many small files that are looked at before they are trusted.
     """
     temporary = temporary_name(path)
     try:
         yield temporary
-        sync(temporary)
-        commit(temporary, path)
+        if lasting:
+            sync(temporary)
+            commit(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
