@@ -40,7 +40,8 @@ class CausalModel(Protocol):
 def uniforms_from_seeds(seeds: Tensor, count: int) -> Tensor:
     """One stream of uniforms in [0, 1) per seed, float32 (B, count) on the CPU.
 
-    Each image owns its generator, so image i is the same whatever the batch, its order or the number of processes.
+    Each image owns its generator, so image i is drawn with the same numbers whatever the batch, its order or the number
+    of processes.
     """
     generator = torch.Generator()
     rows = [torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
