@@ -24,7 +24,8 @@ from smalto.data.transforms import center_crop, to_uint8
 from smalto.errors import InputError, MissingFile
 from smalto.runtime import hydra_main
 from smalto.sampling.sheet import image_sheet
-from smalto.tasks.checkpoint import EMA_KEY, about_run, load_tokenizer, read_checkpoint
+from smalto.tasks.checkpoint import load_tokenizer, read_checkpoint
+from smalto.tasks.contents import EMA_KEY, about_run, section
 from smalto.tasks.sharded_folder import folder_bytes, is_folder, read_folder
 
 log = logging.getLogger(__name__)
@@ -81,20 +82,21 @@ def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
     for name, tensor in state.items():
         sizes[name.split(".")[0]] = sizes.get(name.split(".")[0], 0) + tensor.numel()
     size = folder_bytes(path) if sharded else path.stat().st_size
-    averaged = EMA_KEY in checkpoint.get("callbacks", {})
+    averaged = EMA_KEY in section(checkpoint, "callbacks")
     facts = {
         "what": f"checkpoint of a {about['kind']}",
-        "folder" if sharded else "file": f"{size / 2**20:,.1f} MiB, smalto {about['version']}",
+        "folder" if sharded else "file": f"{size / 2**20:,.1f} MiB, smalto {about.get('version')}",
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "averaged weights": "yes" if averaged else "no",
         "optimizer": "yes, training can go on" if checkpoint.get("optimizer_states") else "no",
         "classes": len(about.get("classes") or []),
-        "network": json.dumps(_plain_options(about["config"]["task"]["net"])),
+        "network": json.dumps(_plain_options(section(about["config"], "task", "net"))),
         "parameters and buffers": {name: f"{count:,}" for name, count in sizes.items()},
     }
-    if "data" in about["config"]:
-        facts["data"] = str(about["config"]["data"].get("path", about["config"]["data"].get("_target_")))
+    data = section(about["config"], "data")
+    if data:
+        facts["data"] = str(data.get("path", data.get("_target_")))
     problems = []
     if verify:
         broken = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from smalto import __version__
-from smalto.tasks.checkpoint import CONFIG_KEY
+from smalto.tasks.contents import CONFIG_KEY
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "webdataset", "mlflow", "numpy")

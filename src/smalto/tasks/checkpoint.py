@@ -1,7 +1,8 @@
 """Reading checkpoints: a Lightning checkpoint with the resolved config of its run inside.
 
-A checkpoint is a file, or the folder that ``strategy=fsdp`` writes. Both are read with ``weights_only=True``: loading
-never runs code that a file brings along.
+A checkpoint is a file, or the folder that ``strategy=fsdp`` writes. Both are read with ``weights_only=True``, and the
+config in them is data, from which only what stands in :mod:`smalto.tasks.registry` is built: loading runs no code that
+a file brings along, and takes no memory but for the weights that the file has.
 """
 
 import hashlib
@@ -11,23 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.nn.initial import share_of
+from smalto.tasks.contents import CONFIG_KEY, EMA_KEY, OFFICIAL_KEY, about_run, check_plain, network_node, section
+from smalto.tasks.network import differences, empty, network_for
+from smalto.tasks.registry import factory
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
 from smalto.tasks.sharded_folder import Place, is_folder, read_folder
-from smalto.tasks.targets import check_targets
 from smalto.tasks.torch_file import read_torch_file
 from smalto.types import CodeShape
-
-CONFIG_KEY = "smalto"
-"""Entry of a checkpoint that holds ``{"version", "kind", "config"}`` as plain data."""
-EMA_KEY = "EMA"
-"""Callback state that holds averaged weights, ``{"shadow": {name: tensor}, ...}``."""
-OFFICIAL_KEY = "official"
-"""Entry with buffers of the LlamaGen authors' code, kept for the way back into their layout."""
 
 
 def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | None = None) -> dict[str, Any]:
@@ -55,20 +50,6 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
     return checkpoint
 
 
-def about_run(checkpoint: Any, path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run: ``version``, ``kind``, ``config``, ``classes``.
-
-    Raises:
-        ValueError: it says nothing, because smalto did not write it.
-    """
-    if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
-        raise InputError(
-            f"{path} carries no smalto config; only checkpoints written by smalto train can be used here (a file of "
-            f"the LlamaGen authors becomes one by smalto convert in={path} out=NAME.ckpt)"
-        )
-    return checkpoint[CONFIG_KEY]
-
-
 def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
     shapes = read_folder(path, wanted=lambda place: False)
     averaged = _shadow(shapes).keys() if ema else ()
@@ -85,7 +66,7 @@ def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
 
 
 def _shadow(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    return checkpoint.get("callbacks", {}).get(EMA_KEY, {}).get("shadow", {})
+    return section(checkpoint, "callbacks", EMA_KEY, "shadow")
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
@@ -99,7 +80,10 @@ def _read_exported(path: Path) -> dict[str, Any]:
         )
     try:
         checkpoint = json.loads(beside.read_text())
-    except ValueError as error:
+        check_plain(checkpoint, 0)
+        if not isinstance(checkpoint, dict):
+            raise InputError("it holds no object")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{beside} is not the JSON file of {path.name} ({error}); copy it again") from error
     official = with_prefix(tensors, f"{OFFICIAL_KEY}.")
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{OFFICIAL_KEY}.")}
@@ -136,28 +120,12 @@ def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
         ValueError: ``what``, then every name that is missing, unknown or of another shape.
     """
     own = net.state_dict()
-    wrong = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
-    wrong += [f"{name} is unknown" for name in sorted(given.keys() - own.keys())]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in given and given[name].shape != value.shape
-    ]
+    wrong = differences(own, given)
     if wrong:
         raise InputError(f"{what}: {'; '.join(wrong)}")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(share_of(given[name], value))
-
-
-def build_network(node: dict[str, Any]) -> nn.Module:
-    """A network from its ``_partial_`` config node.
-
-    Raises:
-        ValueError: it names something that is not part of smalto, see :mod:`smalto.tasks.targets`.
-    """
-    check_targets(node)
-    return instantiate(node, _convert_="all")()
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -207,11 +175,12 @@ def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool
         ema: take the averaged weights when there are any.
     """
     checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema)
-    config = dict(checkpoint[CONFIG_KEY]["config"]["task"]["net"])
+    config = dict(network_node(checkpoint[CONFIG_KEY]["config"], Path(path)))
     if image_size is not None:
         config["image_size"] = image_size
-    tokenizer = build_network(config)
-    load_strictly(tokenizer, network_state(checkpoint, ema=ema), f"{path} is not whole")
+    state = network_state(checkpoint, ema=ema)
+    tokenizer = empty(network_for(state, config, "tokenizer", Path(path)))
+    load_strictly(tokenizer, state, f"{path} is not whole")
     tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return LoadedTokenizer(tokenizer, config, Path(path))
 
@@ -235,22 +204,22 @@ def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema
         tokenizer_ckpt: for a GPT that was trained without one.
         ema: take the averaged weights when there are any.
     """
+    path = Path(path)
     checkpoint = read_checkpoint(path, ema=ema)
-    kind, config = checkpoint[CONFIG_KEY]["kind"], checkpoint[CONFIG_KEY]["config"]
-    node = dict(config["task"])
-    if kind == "gpt":
-        node |= {"tokenizer_ckpt": tokenizer_ckpt, "compile": False}
-    else:
-        node["discriminator"] = node["perceptual"] = None
-    # Only training needs these; they may need packages and files of the machine that trained.
-    node["optimizer"] = {"_target_": "torch.optim.SGD", "_partial_": True}
-    check_targets(node)
-    task = instantiate(node, _convert_="all")
+    about, state = checkpoint[CONFIG_KEY], network_state(checkpoint, ema=ema)
+    kind, config = about["kind"], about["config"]
+    shell = network_for(state, network_node(config, path), kind, path)
+    make = factory(config["task"], f"task of a {kind}", where=f"the config in {path}")
+    given: dict[str, Any] = {"tokenizer_ckpt": tokenizer_ckpt} if kind == "gpt" else {}
+    # A generator's task gives its model memory itself.
+    task = make(net=lambda: shell if kind == "gpt" else empty(shell), optimizer=torch.optim.SGD, **given)
     task.configure_model()
-    load_strictly(task.net, network_state(checkpoint, ema=ema), f"{path} is not whole")
-    if kind == "gpt" and tokenizer_ckpt is None and checkpoint.get("tokenizer_config"):
-        tokenizer = build_network(checkpoint["tokenizer_config"])
-        load_strictly(tokenizer, with_prefix(checkpoint["state_dict"], "tokenizer."), f"the tokenizer in {path}")
-        task.attach_tokenizer(tokenizer, checkpoint["tokenizer_config"])
-    classes = checkpoint[CONFIG_KEY].get("classes") or []
-    return LoadedTask(task.eval().requires_grad_(False), kind, config, checkpoint["global_step"], classes)
+    load_strictly(task.net, state, f"{path} is not whole")
+    inside = checkpoint.get("tokenizer_config")
+    if kind == "gpt" and tokenizer_ckpt is None and inside:
+        weights = with_prefix(checkpoint["state_dict"], "tokenizer.")
+        tokenizer = empty(network_for(weights, inside, "tokenizer", path))
+        load_strictly(tokenizer, weights, f"the tokenizer in {path}")
+        task.attach_tokenizer(tokenizer, inside)
+    step = checkpoint.get("global_step") or 0
+    return LoadedTask(task.eval().requires_grad_(False), kind, config, step, about.get("classes") or [])

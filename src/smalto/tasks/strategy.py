@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from smalto.errors import StorageError
 from smalto.nn.initial import share_of
-from smalto.tasks.checkpoint import EMA_KEY
+from smalto.tasks.contents import EMA_KEY
 from smalto.tasks.sharded_folder import Place, ShardWriter, is_folder, read_folder, take_tensors, write_meta
 from smalto.tasks.torch_file import read_torch_file
 
