@@ -5,6 +5,7 @@ not meant to be. What carried one is recognised by its mark, so that a continued
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 MARK = "***"
@@ -52,6 +53,17 @@ def _without(match: re.Match[str]) -> str:
     user = f"{MARK}@" if match["user"] else ""
     query = f"?{MARK}" if match["query"] else ""
     return f"{match['scheme']}{user}{match['place']}{query}"
+
+
+def restored(value: Any, known: Iterable[str]) -> Any:
+    """Plain data that was written down, with each text of ``known`` where its redacted form stands."""
+    if isinstance(value, dict):
+        return {key: restored(entry, known) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [restored(entry, known) for entry in value]
+    if isinstance(value, str) and MARK in value:
+        return next((text for text in known if redacted(text) == value), value)
+    return value
 
 
 def redacted_places(value: Any, prefix: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from smalto.data.ranks import leads
 from smalto.errors import InputError
 from smalto.files import write_bytes
 from smalto.preflight import preflight
+from smalto.redact import redacted
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
 from smalto.tasks.strategy import AnyCheckpoint
@@ -118,11 +119,12 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
             old.unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+    write_bytes(folder / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False).encode())
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """``key: old -> new`` of every leaf that differs."""
+    """``key: old -> new`` of every leaf that differs, but for credentials, which are not written down."""
+    old, new = (redacted(old), redacted(new)) if not prefix else (old, new)
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
