@@ -35,7 +35,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     hints = Hints(**{key: config[key] for key in ("image_size", "downsample_factor", "num_heads", "l2_norm", "force")})
     tokenizer = None
     if config.tokenizer_ckpt is not None:
-        tokenizer = read_weights(config.tokenizer_ckpt, hints=Hints(l2_norm=config.l2_norm, force=config.force))
+        tokenizer = read_weights(
+            config.tokenizer_ckpt, hints=Hints(l2_norm=config.l2_norm, force=config.force), verify=config.verify
+        )
         if tokenizer.kind != "tokenizer":
             raise InputError(f"tokenizer_ckpt={config.tokenizer_ckpt} holds a {tokenizer.kind}, give a tokenizer")
         factor = downsample_factor(tokenizer.net)
@@ -45,7 +47,7 @@ def run(config: DictConfig) -> dict[str, Any]:
                 "leave it out"
             )
         hints = replace(hints, downsample_factor=factor)
-    weights = read_weights(source, hints=hints, which=config.weights)
+    weights = read_weights(source, hints=hints, which=config.weights, verify=config.verify)
     weights = apply_hints(weights, tokenizer, config, source)
     if tokenizer is not None:
         weights = with_tokenizer(weights, tokenizer, paths=(source, Path(config.tokenizer_ckpt)))
@@ -69,7 +71,7 @@ def check_options(config: DictConfig, source: Path, out: Path) -> None:
         problems.append(f"format is {config.format!r}, must be one of {', '.join(FORMATS)}")
     elif (out.suffix == SUFFIX) != (config.format == "safetensors"):
         problems.append(f"out={out} and format={config.format}: safetensors files, and only they, end in {SUFFIX}")
-    for key in ("overwrite", "force"):
+    for key in ("overwrite", "force", "verify"):
         if not isinstance(config[key], bool):
             problems.append(f"{key} is {config[key]!r}, must be true or false")
     if config.l2_norm not in (None, True, False):

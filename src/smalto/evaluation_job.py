@@ -109,7 +109,7 @@ def reference_images(job: Job) -> tuple[Path, int | None]:
 def requested(config: DictConfig) -> dict[str, Any]:
     """What decides the numbers: all settings, and sizes and times of the files that are measured."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save"):
+    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save", "verify"):
         plain.pop(key)
     files = [Path(path) for path in (config.ckpt, config.samples, config.reference) if path is not None]
     stats = [path.stat() if path.exists() else None for path in files]

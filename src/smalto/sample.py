@@ -48,7 +48,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     for key in ("num_images", "shard_size"):
         if config[key] < 1:
             raise InputError(f"{key} is {config[key]}, must be at least 1")
-    loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+    loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema, verify=config.verify)
     if loaded.kind != "gpt":
         raise InputError(
             f"{config.ckpt} is a {loaded.kind}; samples are drawn from a generator (smalto train task=gpt)"

@@ -25,7 +25,7 @@ from smalto.tasks.strategy import AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
-VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug"}
+VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
 """Where a run computes may differ too: checkpoints fit every strategy, on any number of processes."""
@@ -48,6 +48,7 @@ def run(config: DictConfig) -> dict[str, float]:
     setup_logging(folder / "train.log")
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
+    task.verify = plain.get("verify", True)
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
     callbacks.append(Provenance(plain, kind=plain["kind"]))
@@ -59,7 +60,7 @@ def run(config: DictConfig) -> dict[str, float]:
         logger=loggers,
         default_root_dir=str(folder),
         enable_checkpointing=saves,
-        plugins=[AnyCheckpoint()],
+        plugins=[AnyCheckpoint(verify=task.verify)],
     )
     checkpoint = plain["ckpt_path"]
     if checkpoint in (None, "last"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smalto.errors import InputError
 from smalto.nn.initial import share_of
 from smalto.tasks.contents import CONFIG_KEY, EMA_KEY, OFFICIAL_KEY, about_run, check_plain, network_node, section
+from smalto.tasks.integrity import verified
 from smalto.tasks.network import differences, empty, network_for
 from smalto.tasks.registry import factory
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
@@ -25,7 +26,9 @@ from smalto.tasks.torch_file import read_torch_file
 from smalto.types import CodeShape
 
 
-def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, kind: str | None = None, ema: bool | None = None, verify: bool = True
+) -> dict[str, Any]:
     """The checkpoint as a dict, tensors mapped from the file and only read when used.
 
     Args:
@@ -34,6 +37,8 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
         kind: ``tokenizer`` or ``gpt`` if only that will do.
         ema: which weights of a folder are wanted, averaged ones where there are any or those of the training; None
             reads both.
+        verify: compare what is read of a folder with its checksums; whoever reads tensors of a file does that with
+            :func:`smalto.tasks.integrity.verified`.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -41,7 +46,7 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
     """
     path = Path(path)
     if is_folder(path):
-        checkpoint = _read_sharded(path, ema=ema)
+        checkpoint = _read_sharded(path, ema=ema, verify=verify)
     else:
         checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
     found = about_run(checkpoint, path)["kind"]
@@ -50,8 +55,8 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
     return checkpoint
 
 
-def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
-    shapes = read_folder(path, wanted=lambda place: False)
+def _read_sharded(path: Path, *, ema: bool | None, verify: bool) -> dict[str, Any]:
+    shapes = read_folder(path, wanted=lambda place: False, verify=verify)
     averaged = _shadow(shapes).keys() if ema else ()
 
     def wanted(place: Place) -> bool:
@@ -62,7 +67,7 @@ def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
                 return ema is not False
         return False
 
-    return read_folder(path, wanted=wanted)
+    return read_folder(path, wanted=wanted, verify=verify)
 
 
 def _shadow(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,8 +114,9 @@ def start_from(task: Any, path: str | Path, *, kind: str) -> None:
     Raises:
         ValueError: they are of another model; all names are told, and no weight is changed.
     """
-    given = network_state(read_checkpoint(path, kind=kind, ema=True), ema=True)
-    load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
+    given = network_state(read_checkpoint(path, kind=kind, ema=True, verify=task.verify), ema=True)
+    with verified(path, given.values(), verify=task.verify):
+        load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
 
 
 def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
@@ -166,21 +172,25 @@ class LoadedTokenizer:
         return fingerprint(self.tokenizer)
 
 
-def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool = True) -> LoadedTokenizer:
+def load_tokenizer(
+    path: str | Path, *, image_size: int | None = None, ema: bool = True, verify: bool = True
+) -> LoadedTokenizer:
     """The tokenizer of a checkpoint, frozen.
 
     Args:
         path: a checkpoint of ``task=tokenizer``.
         image_size: use it at another resolution than it was trained at.
         ema: take the averaged weights when there are any.
+        verify: compare the weights with their checksums.
     """
-    checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema)
+    checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema, verify=verify)
     config = dict(network_node(checkpoint[CONFIG_KEY]["config"], Path(path)))
     if image_size is not None:
         config["image_size"] = image_size
     state = network_state(checkpoint, ema=ema)
-    tokenizer = empty(network_for(state, config, "tokenizer", Path(path)))
-    load_strictly(tokenizer, state, f"{path} is not whole")
+    with verified(path, state.values(), verify=verify):
+        tokenizer = empty(network_for(state, config, "tokenizer", Path(path)))
+        load_strictly(tokenizer, state, f"{path} is not whole")
     tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return LoadedTokenizer(tokenizer, config, Path(path))
 
@@ -196,30 +206,35 @@ class LoadedTask:
     classes: list[str]
 
 
-def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema: bool = True) -> LoadedTask:
+def load_task(
+    path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema: bool = True, verify: bool = True
+) -> LoadedTask:
     """The task of a checkpoint with its weights, a GPT with its tokenizer.
 
     Args:
         path: a checkpoint of ``smalto train``.
         tokenizer_ckpt: for a GPT that was trained without one.
         ema: take the averaged weights when there are any.
+        verify: compare the weights with their checksums.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path, ema=ema)
+    checkpoint = read_checkpoint(path, ema=ema, verify=verify)
     about, state = checkpoint[CONFIG_KEY], network_state(checkpoint, ema=ema)
     kind, config = about["kind"], about["config"]
-    shell = network_for(state, network_node(config, path), kind, path)
-    make = factory(config["task"], f"task of a {kind}", where=f"the config in {path}")
-    given: dict[str, Any] = {"tokenizer_ckpt": tokenizer_ckpt} if kind == "gpt" else {}
-    # A generator's task gives its model memory itself.
-    task = make(net=lambda: shell if kind == "gpt" else empty(shell), optimizer=torch.optim.SGD, **given)
-    task.configure_model()
-    load_strictly(task.net, state, f"{path} is not whole")
-    inside = checkpoint.get("tokenizer_config")
-    if kind == "gpt" and tokenizer_ckpt is None and inside:
-        weights = with_prefix(checkpoint["state_dict"], "tokenizer.")
-        tokenizer = empty(network_for(weights, inside, "tokenizer", path))
-        load_strictly(tokenizer, weights, f"the tokenizer in {path}")
-        task.attach_tokenizer(tokenizer, inside)
+    inside = checkpoint.get("tokenizer_config") if kind == "gpt" and tokenizer_ckpt is None else None
+    carried = with_prefix(checkpoint["state_dict"], "tokenizer.") if inside else {}
+    with verified(path, [*state.values(), *carried.values()], verify=verify):
+        shell = network_for(state, network_node(config, path), kind, path)
+        make = factory(config["task"], f"task of a {kind}", where=f"the config in {path}")
+        given: dict[str, Any] = {"tokenizer_ckpt": tokenizer_ckpt} if kind == "gpt" else {}
+        # A generator's task gives its model memory itself.
+        task = make(net=lambda: shell if kind == "gpt" else empty(shell), optimizer=torch.optim.SGD, **given)
+        task.verify = verify
+        task.configure_model()
+        load_strictly(task.net, state, f"{path} is not whole")
+        if inside:
+            tokenizer = empty(network_for(carried, inside, "tokenizer", path))
+            load_strictly(tokenizer, carried, f"the tokenizer in {path}")
+            task.attach_tokenizer(tokenizer, inside)
     step = checkpoint.get("global_step") or 0
     return LoadedTask(task.eval().requires_grad_(False), kind, config, step, about.get("classes") or [])

@@ -78,19 +78,28 @@ def read_torch_file(path: str | Path) -> Any:
         raise InputError(f"{path} is not a torch checkpoint (not a whole zip archive, but {kind}); copy it again")
     size = path.stat().st_size
     try:
-        _check_zip(path, size) if zipped else _check_pickles(path)
+        check_archive(path, size) if zipped else _check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about unusual pickles; they load or they do not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         check_plain(content, size)
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:  # offsets that no file has are an error of the system
         raise InputError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error
     return content
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """Refuse what is packed, as a small file could then hold any amount, and pickles that name what they may not."""
-    with ZipFile(path) as archive:
+def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) -> None:
+    """Refuse what is packed, as a small file could then hold any amount, and pickles that name what they may not.
+
+    Args:
+        source: the archive, of ``size`` bytes.
+        size: of it.
+        verify: compare all of it with its checksums; of pickles they are compared in any case.
+
+    Raises:
+        ValueError: or another of :data:`DAMAGE`.
+    """
+    with ZipFile(source) as archive:
         entries = archive.infolist()
         if any(e.compress_type != ZIP_STORED or e.file_size != e.compress_size for e in entries):
             raise InputError("its parts are compressed, which torch.save does not do")
@@ -100,6 +109,10 @@ def _check_zip(path: Path, size: int) -> None:
             if entry.filename.endswith(".pkl"):
                 with archive.open(entry) as file:
                     _check_names(file)
+                    file.read()  # at the end the checksum is compared
+        damaged = archive.testzip() if verify else None
+        if damaged:
+            raise BadZipFile(f"the checksum of {damaged} differs")
 
 
 def _check_pickles(path: Path) -> None:

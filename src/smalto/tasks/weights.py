@@ -12,6 +12,7 @@ from torch import Tensor
 from smalto.errors import InputError
 from smalto.tasks.checkpoint import network_state, read_checkpoint, with_prefix
 from smalto.tasks.contents import CONFIG_KEY, EMA_KEY, OFFICIAL_KEY, about_export, about_run, network_node
+from smalto.tasks.integrity import verified
 from smalto.tasks.network import shell
 from smalto.tasks.official import (
     USAGE_QUEUE,
@@ -66,7 +67,7 @@ class Weights:
         return self.config["task"]["net"]
 
 
-def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) -> Weights:
+def read_weights(path: str | Path, *, hints: Hints, which: str | None = None, verify: bool = True) -> Weights:
     """Weights of any file that holds a tokenizer or a generator, checked against the network they are for.
 
     Args:
@@ -74,6 +75,7 @@ def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) ->
         hints: what the authors' files do not tell.
         which: ``ema`` or ``model``; None: of smalto's files the average if there is one, of the authors' ``model``.
             Of two it is said which was taken, and the config has it as ``weights``.
+        verify: compare the weights with the checksums in the file.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -82,7 +84,7 @@ def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) ->
     path = Path(path)
     content: Any
     if is_folder(path) or (path.suffix == SUFFIX and path.with_suffix(".json").exists()):
-        content = read_checkpoint(path, ema=which != "model")
+        content = read_checkpoint(path, ema=which != "model", verify=verify)
     else:
         content = read_safetensors(path) if path.suffix == SUFFIX else read_torch_file(path)
     if isinstance(content, dict) and CONFIG_KEY in content:
@@ -92,6 +94,9 @@ def read_weights(path: str | Path, *, hints: Hints, which: str | None = None) ->
     check_fit(network_node(weights.config, path), weights.state, path, kind=weights.kind)
     if weights.tokenizer_config:
         check_fit(weights.tokenizer_config, weights.tokenizer, path, kind="tokenizer")
+    parts = (weights.state, weights.tokenizer, weights.discriminator, weights.official)
+    with verified(path, [tensor for part in parts for tensor in part.values()], verify=verify):
+        pass
     return weights
 
 
