@@ -52,7 +52,7 @@ def run(config: DictConfig) -> dict[str, float]:
     check(config)
     loaded = None
     if config.ckpt is not None:
-        loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+        loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema, verify=config.verify)
     with Ranks() as ranks:
         job = Job(config, ranks, loaded, requested(config))
         known = json.loads(job.out.read_text()) if job.out.exists() else {}

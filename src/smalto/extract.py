@@ -40,7 +40,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Extract or import what ``config`` (conf/extract.yaml) asks for; the summary of ``extract_codes``."""
     if config.to_npy is not None and config.from_npy is None and (Path(config.out) / META).exists():
         return _export(config, {"out": config.out, "status": "reused"})  # needs no tokenizer
-    tokenizer = load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size)
+    tokenizer = load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size, verify=config.verify)
     if config.from_npy is None:
         return _export(config, _extract(config, tokenizer))
     given: Any = OmegaConf.to_container(config.from_npy) if OmegaConf.is_dict(config.from_npy) else config.from_npy

@@ -50,7 +50,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         FileExistsError: ``out`` is in use, or holds samples of other settings.
     """
     _check(config)
-    loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+    loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema, verify=config.verify)
     if loaded.kind != "gpt":
         raise InputError(
             f"{config.ckpt} is a {loaded.kind}; samples are drawn from a generator (smalto train task=gpt)"

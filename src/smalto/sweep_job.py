@@ -1,5 +1,6 @@
 """``python -m smalto.sweep_job MODULE CONFIG``: the process of one job of a sweep, in the folder of its config."""
 
+import json
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from smalto.errors import PathInUse
 from smalto.files import FileLock
 from smalto.runtime import USER_ERRORS, cause, keep_freed_memory, setup_logging
 from smalto.sweeps.jobs import main_metric, one_line, read_record, write_record
-from smalto.sweeps.names import LAUNCHER_PID
+from smalto.sweeps.names import LAUNCHER_PID, WHOLE_CONFIG
 from smalto.sweeps.process import PATIENCE
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def run(module: str, config_file: Path) -> int:
     outcome: dict[str, Any]
     code = 1
     try:
-        config = OmegaConf.load(config_file)
+        whole = os.environ.get(WHOLE_CONFIG)
+        config = OmegaConf.create(json.loads(whole)) if whole else OmegaConf.load(config_file)
         if first:
             with alone_in(folder):
                 result = import_module(module).run(config)

@@ -18,13 +18,14 @@ from smalto.data.ranks import leads
 from smalto.errors import InputError
 from smalto.files import write_bytes
 from smalto.preflight import preflight
+from smalto.redact import redacted
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
 from smalto.tasks.strategy import AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
-VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug"}
+VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
 """Where a run computes may differ too: checkpoints fit every strategy, on any number of processes."""
@@ -47,6 +48,7 @@ def run(config: DictConfig) -> dict[str, float]:
     setup_logging(folder / "train.log")
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
+    task.verify = plain.get("verify", True)
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
     callbacks.append(Provenance(plain, kind=plain["kind"]))
@@ -58,7 +60,7 @@ def run(config: DictConfig) -> dict[str, float]:
         logger=loggers,
         default_root_dir=str(folder),
         enable_checkpointing=saves,
-        plugins=[AnyCheckpoint()],
+        plugins=[AnyCheckpoint(verify=task.verify)],
     )
     checkpoint = plain["ckpt_path"]
     if checkpoint in (None, "last"):
@@ -118,11 +120,12 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
             old.unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+    write_bytes(folder / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False).encode())
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """``key: old -> new`` of every leaf that differs."""
+    """``key: old -> new`` of every leaf that differs, but for credentials, which are not written down."""
+    old, new = (redacted(old), redacted(new)) if not prefix else (old, new)
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]

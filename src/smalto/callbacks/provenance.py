@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from smalto import __version__
-from smalto.tasks.checkpoint import CONFIG_KEY
+from smalto.redact import redacted
+from smalto.tasks.contents import CONFIG_KEY
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "webdataset", "mlflow", "numpy")
@@ -40,12 +41,12 @@ class Provenance(L.Callback):
     """Writes and logs the origin of a run.
 
     Args:
-        config: the resolved config as plain data.
+        config: the resolved config as plain data; credentials in it are not written down.
         kind: ``tokenizer`` or ``gpt``.
     """
 
     def __init__(self, config: dict[str, Any], *, kind: str) -> None:
-        self.config = config
+        self.config = redacted(config)
         self.kind = kind
 
     @rank_zero_only
@@ -56,7 +57,7 @@ class Provenance(L.Callback):
             "commit": git_commit(),
             "smalto": __version__,
             "python": platform.python_version(),
-            "command": " ".join(sys.argv),
+            "command": redacted(" ".join(sys.argv)),
             **{name: version(name) for name in PACKAGES},
         }
         (folder / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
@@ -85,6 +86,7 @@ class Provenance(L.Callback):
         checkpoint[CONFIG_KEY] = {
             "version": __version__,
             "kind": self.kind,
-            "config": self.config,
+            # Where a run was logged and where its files lay says nothing to whoever gets the checkpoint.
+            "config": {key: value for key, value in self.config.items() if key not in ("logger", "paths")},
             "classes": list(getattr(getattr(trainer, "datamodule", None), "classes", None) or []),
         }

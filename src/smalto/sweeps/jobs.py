@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smalto.data.ranks import leads
 from smalto.files import write_bytes, write_json
+from smalto.redact import redacted
 from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
-from smalto.sweeps.names import STOP
+from smalto.sweeps.names import STOP, WHOLE_CONFIG
 from smalto.sweeps.process import how_it_ended, wait_for
 from smalto.sweeps.table import ENDED
 
@@ -96,7 +97,9 @@ def start(
     environment = dict(os.environ)
     stem = "job" if leads() else f"job.rank{os.environ['SLURM_PROCID']}"  # a scheduler may start several for one job
     log_file, config_file = folder / f"{stem}.log", folder / f"{stem}.yaml"
-    write_bytes(config_file, OmegaConf.to_yaml(plain).encode())
+    write_bytes(config_file, OmegaConf.to_yaml(redacted(plain)).encode())
+    if redacted(plain) != plain:
+        environment[WHOLE_CONFIG] = json.dumps(plain)
     with claimed(devices_wanted(plain, len(visible)) if visible else 0, visible) as (devices, files):
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -145,4 +148,4 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Keep what is known of a job."""
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, redacted(record))

@@ -18,7 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from smalto.errors import InputError
 from smalto.files import write_bytes, write_json
+from smalto.redact import redacted, redacted_places
 from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
 from smalto.sweeps.process import PATIENCE
@@ -26,6 +28,7 @@ from smalto.sweeps.table import ENDED, sweep_report
 
 MEMORY = "sweep.json"
 """In the folder of a sweep: the command, for ``smalto resume``."""
+SWEPT_MODULES = {f"smalto.{verb}" for verb in ("train", "prepare", "extract", "sample", "evaluate", "plan", "convert")}
 
 
 @dataclass
@@ -114,7 +117,7 @@ def begin(config: DictConfig) -> Sweep:
     os.environ[SWEPT] = json.dumps(swept)
     os.environ[LAUNCHER_PID] = str(os.getpid())
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
-    told = {"module": Sweep.module, "arguments": arguments, "cwd": os.getcwd()}
+    told = {"module": Sweep.module, "arguments": redacted(arguments), "cwd": os.getcwd()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MEMORY, told)
     (folder / STOP).unlink(missing_ok=True)
@@ -127,7 +130,7 @@ def begin(config: DictConfig) -> Sweep:
 
         node = mlflow_node(config)
         if node is not None:
-            sweep.parent = ParentRun(node, folder, {"command": " ".join(sys.argv)})
+            sweep.parent = ParentRun(node, folder, {"command": redacted(" ".join(sys.argv))})
     return sweep
 
 
@@ -175,6 +178,13 @@ def is_sweep(folder: Path) -> bool:
 def again(folder: Path) -> None:
     """Run the command of the sweep in ``folder`` again, there: what is finished is kept, the rest runs."""
     told = json.loads((folder / MEMORY).read_text())
+    if told["module"] not in SWEPT_MODULES:
+        raise InputError(f"{folder / MEMORY} names {told['module']!r}, which is no command of smalto that can be swept")
+    if redacted_places(told["arguments"]):
+        raise InputError(
+            f"{folder / MEMORY} keeps no credentials ({' '.join(told['arguments'])}): give the whole command again, "
+            f"with hydra.sweep.dir={folder}"
+        )
     place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
     sys.argv[1:] = [*told["arguments"], f"hydra.sweep.dir='{place}'"]
     os.chdir(told["cwd"])
