@@ -2,21 +2,20 @@
 
 import json
 import logging
-import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from PIL import Image
 
+from smalto.analysis.entries import REFUSED, Entry, is_refusal, pieces, send, texts
 from smalto.analysis.store import experiment_id
 from smalto.errors import StorageError
 from smalto.files import write_bytes
@@ -26,14 +25,8 @@ log = logging.getLogger(__name__)
 
 KEY = "smalto.record"
 """Tag that says which journal a run comes from: what is written again goes to the same run."""
-REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
-"""Answers that another try would not change."""
 BATCH = 1000
 """Metrics in one request, MLflow's limit; of parameters and tags it takes 100."""
-
-Entry = dict[str, Any]
-"""One of ``metrics: [[key, value, timestamp, step], ...]``, ``params: {...}``, ``tags: {...}``, ``artifact: PATH``,
-``image: PATH`` with ``key`` and ``step``, ``text`` with ``file``, ``status`` with ``time``."""
 
 
 def header(experiment: str, run_name: str, *, artifact_location: str | None, tags: dict[str, Any]) -> dict[str, Any]:
@@ -55,29 +48,6 @@ def header(experiment: str, run_name: str, *, artifact_location: str | None, tag
     }
 
 
-def texts(tags: dict[str, Any]) -> dict[str, str]:
-    """Tags as every store takes them, text or not there (only SQLite forgives None); without credentials."""
-    return {key: redacted(str(value)) for key, value in tags.items() if value is not None}
-
-
-def parameters(values: dict[str, Any], longest: int) -> Entry:
-    """Parameters as MLflow takes them: text of limited length, without credentials."""
-    return {"params": {key: str(value)[:longest] for key, value in redacted(values).items()}}
-
-
-def measured(values: dict[str, float], step: int = 0) -> Entry:
-    """Metrics of now, under names that MLflow takes."""
-    now = int(time.time() * 1000)
-    return {
-        "metrics": [[re.sub(r"[^a-zA-Z0-9_/. -]+", "", key), float(value), now, step] for key, value in values.items()]
-    }
-
-
-def ended(status: str) -> Entry:
-    """The end of a run: FINISHED, FAILED or KILLED; RUNNING begins it again."""
-    return {"status": status, "time": int(time.time() * 1000)}
-
-
 class Journal:
     """Entries of one run, in order, and the run they go to. Entries may come from one thread while another delivers.
 
@@ -86,6 +56,7 @@ class Journal:
             nothing; there is no file when nothing waits. What an earlier process left in it is delivered first.
         header: of the run; None takes the one in the file.
         run_id: of the run, if it was made before.
+        base: of the paths of artifacts that are relative.
         on_begin: told the id of every run that is made.
     """
 
@@ -95,10 +66,12 @@ class Journal:
         header: dict[str, Any] | None = None,
         *,
         run_id: str | None = None,
+        base: Path = Path(),
         on_begin: Callable[[str], None] = lambda run_id: None,
     ) -> None:
         self.file = file
         self.run_id = run_id
+        self.base = base
         self._on_begin = on_begin
         lines = [*_lines(file)]
         first = lines.pop(0) if lines and "key" in lines[0] and "experiment" in lines[0] else {}
@@ -165,7 +138,8 @@ class Journal:
                 self._handle.close()
                 self._handle = None
             if not self._waiting:
-                self.file.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.file.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Drop what waits."""
@@ -214,53 +188,22 @@ class Journal:
         """Whether an entry is done with; if not, its run was gone and another has begun."""
         assert self.run_id is not None
         try:
-            send(client, self.run_id, entry)
+            send(client, self.run_id, entry, self.base)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             if not _is_active(client, self.run_id):
                 self._begin(client)
                 with self._lock:
                     self._waiting[:0] = self._origin
                 return False
-            pieces = list(_pieces(entry))
-            if len(pieces) > 1:
-                return all(self._send(client, piece) for piece in pieces)
+            parts = list(pieces(entry))
+            if len(parts) > 1:
+                return all(self._send(client, part) for part in parts)
             # A continued run may differ in where it computes; MLflow keeps what was said first.
             level = logging.DEBUG if "params" in entry else logging.WARNING
             log.log(level, "MLflow does not take %s: %s", str(entry)[:200], redacted(str(error)).splitlines()[:1])
         return True
-
-
-def send(client: MlflowClient, run_id: str, entry: Entry) -> None:
-    """Write one entry to a run."""
-    match entry:
-        case {"metrics": rows}:
-            client.log_batch(run_id, metrics=[Metric(*row) for row in rows])
-        case {"params": values}:
-            items = [Param(key, value) for key, value in values.items()]
-            for start in range(0, len(items), 100):
-                client.log_batch(run_id, params=items[start : start + 100])
-        case {"tags": values}:
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
-        case {"artifact": path}:
-            client.log_artifact(run_id, path)
-        case {"image": path, "key": key, "step": step}:
-            client.log_image(run_id, _picture(path), key=key, step=step)
-        case {"text": text, "file": file}:
-            client.log_text(run_id, text, file)
-        case {"status": "RUNNING"}:
-            client.update_run(run_id, status="RUNNING")
-        case {"status": status, "time": when}:
-            client.set_terminated(run_id, status, end_time=when)
-
-
-def _picture(path: str) -> Image.Image:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no picture any more: {error}") from error
 
 
 def write_lines(file: Path, entries: list[dict[str, Any]]) -> None:
@@ -271,23 +214,6 @@ def write_lines(file: Path, entries: list[dict[str, Any]]) -> None:
 
 def _line(entry: dict[str, Any]) -> bytes:
     return (json.dumps(entry) + "\n").encode()
-
-
-def _pieces(entry: Entry) -> Iterator[Entry]:
-    """An entry as several, to find the one that is refused."""
-    ((name, content),) = entry.items() if len(entry) == 1 else [("", None)]
-    if isinstance(content, list):
-        yield from ({name: [row]} for row in content)
-    elif isinstance(content, dict):
-        yield from ({name: {key: value}} for key, value in content.items())
-    else:
-        yield entry
-
-
-def _is_refusal(error: Exception) -> bool:
-    if isinstance(error, MlflowException):
-        return error.error_code in REFUSED
-    return isinstance(error, (TypeError, ValueError, FileNotFoundError))
 
 
 def _is_active(client: MlflowClient, run_id: str) -> bool:
@@ -302,9 +228,14 @@ def _is_active(client: MlflowClient, run_id: str) -> bool:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The entries in a file; a line that is half written, by a process that was killed, is left out."""
-    if not file.exists():
+    try:
+        text = file.read_text(errors="replace")
+    except FileNotFoundError:
         return
-    for line in file.read_text(errors="replace").split("\n"):
+    except OSError as error:
+        log.warning("what waits for MLflow in %s cannot be read: %s", file, error)
+        return
+    for line in text.split("\n"):
         try:
             entry = json.loads(line)
         except ValueError:

@@ -9,7 +9,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from smalto.analysis.journal import Entry, Journal, ended, header, measured, parameters, write_lines
+from smalto.analysis.entries import Entry, ended, measured, parameters
+from smalto.analysis.journal import Journal, header, write_lines
 from smalto.analysis.store import CALL_SECONDS, connect, impatient, reason
 from smalto.errors import StorageError
 from smalto.files import FileLock
@@ -27,8 +28,8 @@ LEAVE_ALONE = 60.0
 """Seconds for which a process that found a store absent does not try it again for finished jobs."""
 WITHOUT = "logger=csv trains without MLflow, mlflow=false runs other commands without it"
 
-_leave_alone: dict[str, float] = {}
-"""By the address of a store, until when."""
+_failed: dict[str, float] = {}
+"""When a store failed, by its address."""
 
 
 class Recorder:
@@ -132,12 +133,23 @@ class Recorder:
                 text = "%s. The work goes on; %s keeps what belongs there (%s)"
                 log.warning(text, told(error, self._uri), self.journal.file, WITHOUT)
             self._warned, self._error = True, error
+            leave_alone(self._uri)
             self._next_try = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         else:
             if self._error is not None:
                 log.info("MLflow answers again and has what was kept")
             self._error, self._next_try, self._pause = None, 0.0, FIRST_PAUSE
+
+
+def leave_alone(uri: str) -> None:
+    """Note that a store has failed just now."""
+    _failed[uri] = time.monotonic()
+
+
+def is_left_alone(uri: str) -> bool:
+    """Whether a store failed a moment ago: of many finished jobs the first has waited for it, not each."""
+    return uri in _failed and time.monotonic() < _failed[uri] + LEAVE_ALONE
 
 
 def told(error: Exception, uri: str) -> str:
@@ -157,12 +169,11 @@ def record_job(
     artifacts: list[Path],
 ) -> None:
     """Record a job that is over (prepare, extract, sample, evaluate) as a finished run, now or later."""
-    place = place_of(uri, f"{outputs}/mlruns/{experiment}")
-    top = header(experiment, run_name, artifact_location=place, tags=tags)
+    top = header(experiment, run_name, artifact_location=None, tags=tags)
     entries = [
         parameters(params, 6000),
         measured(metrics),
-        *({"artifact": str(path.absolute())} for path in artifacts),
+        *({"artifact": _portable(path, outputs)} for path in artifacts),
         ended("FINISHED"),
     ]
     try:
@@ -171,6 +182,12 @@ def record_job(
         log.warning("not recorded in MLflow: %s", error)
         return
     write_pending(uri, outputs)
+
+
+def _portable(path: Path, outputs: Path) -> str:
+    """A path that stays right when ``outputs`` is moved before the job is recorded."""
+    path = path.absolute()
+    return str(path.relative_to(outputs) if path.is_relative_to(outputs) else path)
 
 
 def place_of(uri: str, wanted: str) -> str | None:
@@ -185,14 +202,14 @@ def write_pending(uri: str, outputs: Path) -> None:
     A store that fails is told in one warning, and left alone for a while by this process.
     """
     folder = outputs / PENDING
-    if not any(folder.glob("*.jsonl")) or time.monotonic() < _leave_alone.get(uri, 0.0):
+    if not any(folder.glob("*.jsonl")) or is_left_alone(uri):
         return
     errors: list[Exception] = []
     thread = threading.Thread(target=_write_pending, args=(uri, outputs, errors), daemon=True, name="mlflow")
     thread.start()
     thread.join(PATIENCE)
     if errors or thread.is_alive():
-        _leave_alone[uri] = time.monotonic() + LEAVE_ALONE
+        leave_alone(uri)
         why = told(errors[0], uri) if errors else f"MLflow at {redacted(uri)} is slow"
         log.warning("%s. %s keeps what belongs there, and the next command writes it (%s)", why, folder, WITHOUT)
 
@@ -208,7 +225,10 @@ def _write_pending(uri: str, outputs: Path, errors: list[Exception]) -> None:
                 with lock:
                     try:
                         if file.exists():
-                            Journal(file).deliver(client)
+                            journal = Journal(file, base=outputs)
+                            wanted = f"{outputs}/mlruns/{journal.header['experiment']}"
+                            journal.header["artifact_location"] = place_of(uri, wanted)
+                            journal.deliver(client)
                             file.unlink()
                     except Exception as error:  # of this one job, unless the store is gone
                         errors.append(error)

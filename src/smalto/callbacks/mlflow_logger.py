@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class MLFlowLogger(Logger):
     @rank_zero_only
     def log_tags(self, tags: dict[str, Any]) -> None:
         """Texts that say what the run is."""
-        from smalto.analysis.journal import texts
+        from smalto.analysis.entries import texts
 
         if known := texts(tags):
             self.recorder.add({"tags": known}, origin=True)
@@ -91,7 +92,7 @@ class MLFlowLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """All settings, flat: ``model/dim``."""
-        from smalto.analysis.journal import parameters
+        from smalto.analysis.entries import parameters
 
         self.recorder.add(parameters(_flatten_dict(_convert_params(params)), 250), origin=True)
 
@@ -103,7 +104,7 @@ class MLFlowLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers of a step."""
-        from smalto.analysis.journal import measured
+        from smalto.analysis.entries import measured
 
         if metrics:
             self.recorder.add(measured(dict(metrics), step or 0))
@@ -116,7 +117,7 @@ class MLFlowLogger(Logger):
     @rank_zero_only
     def mark(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
-        from smalto.analysis.journal import ended
+        from smalto.analysis.entries import ended
 
         self.recorder.add(ended(status), origin=status == "RUNNING")
 
@@ -143,7 +144,9 @@ def recorder_of(folder: Path, uri: str, place: str, experiment: str, run_name: s
     from smalto.analysis.recorder import Recorder, place_of
 
     memory = folder / MEMORY
-    known = memory.read_text(errors="replace").strip() if memory.exists() else ""
+    known = ""
+    with suppress(OSError):
+        known = memory.read_text(errors="replace").strip()
 
     def remember(run_id: str) -> None:
         if run_id != known:
@@ -171,5 +174,8 @@ def deliver_waiting(folder: Path, config: Mapping[str, Any]) -> None:
     """
     node = mlflow_node(config)
     if node is not None and (folder / WAITING).exists():
+        from smalto.analysis.recorder import is_left_alone
+
         names = node["experiment_name"], node["run_name"]
-        recorder_of(folder, node["tracking_uri"], node["artifact_location"], *names, node.get("tags") or {}).close()
+        if not is_left_alone(node["tracking_uri"]):
+            recorder_of(folder, node["tracking_uri"], node["artifact_location"], *names, node.get("tags") or {}).close()

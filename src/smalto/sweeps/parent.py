@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smalto.analysis.journal import ended, measured
+from smalto.analysis.entries import ended, measured
 from smalto.analysis.runs import SWEEP_TAG
 from smalto.callbacks.mlflow_logger import MEMORY, recorder_of
 from smalto.sweeps.names import PARENT
