@@ -136,7 +136,9 @@ def follow_move(file: Path, outputs: Path) -> None:
     Without this, what new runs leave would go to the folder that was moved or copied, made anew where it is gone.
     """
     with closing(sqlite3.connect(file, timeout=CHECK_SECONDS, isolation_level=None)) as database:
-        places = {row[0] for row in database.execute("SELECT DISTINCT artifact_location FROM experiments") if row[0]}
+        # Number 0 is MLflow's own, with the folder in which the database was made; nothing goes there.
+        named = database.execute("SELECT artifact_location FROM experiments WHERE experiment_id != 0")
+        places = {row[0] for row in named if row[0]}
         stale = {root for place in places if (root := _root(place)) is not None and not _is(root, outputs)}
         if not stale:
             return
