@@ -15,9 +15,11 @@ from mlflow import MlflowClient
 
 from smalto import train
 from smalto.analysis import recorder, store
-from smalto.analysis.runs import curves
+from smalto.analysis.runs import SWEEP_TAG, curves
 from smalto.callbacks.mlflow_logger import MEMORY, WAITING
-from smalto.runtime import compose
+from smalto.runtime import compose, record_summary
+from smalto.sweeps.names import PARENT
+from smalto.sweeps.parent import ParentRun
 from stores import database
 from test_train import SYNTHETIC
 
@@ -147,6 +149,56 @@ def test_a_run_begun_with_lightnings_logger_goes_on(tmp_path):
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
 
 
+# --- other work -----------------------------------------------------------------------------------------
+
+
+def test_a_sweep_goes_on_without_its_parent_which_is_recorded_later(tmp_path, monkeypatch):
+    node = {"experiment_name": "x", "tracking_uri": "http://127.0.0.1:9", "artifact_location": f"{tmp_path}/mlruns/x"}
+    monkeypatch.delenv(PARENT, raising=False)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    parent = ParentRun(node, sweep, {"command": "smalto train -m"})
+    assert (parent.run_id, PARENT in os.environ) == (None, False)
+    parent.close("FAILED", {"not run": 1, "finished": 2}, "table")
+    node["tracking_uri"] = database(tmp_path)
+    again = ParentRun(node, sweep, {"command": "smalto train -m"})
+    assert os.environ.pop(PARENT) == again.run_id == (sweep / MEMORY).read_text().strip()
+    again.close("FINISHED", {"finished": 3}, "table")
+    client = MlflowClient(node["tracking_uri"])
+    (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
+    assert (run.info.run_id, run.info.status) == (again.run_id, "FINISHED")
+    assert run.data.metrics == {"jobs/not_run": 1, "jobs/finished": 3}
+    assert run.data.tags[SWEEP_TAG] == str(sweep)
+
+
+def test_a_sweep_that_never_began_leaves_no_run(tmp_path, monkeypatch):
+    uri = database(tmp_path)
+    for address in (uri, "http://127.0.0.1:9"):
+        node = {"experiment_name": "x", "tracking_uri": address, "artifact_location": f"{tmp_path}/mlruns/x"}
+        ParentRun(node, tmp_path, {}).forget()
+        assert not list(tmp_path.glob("mlflow_*"))
+    monkeypatch.delenv(PARENT, raising=False)
+    client = MlflowClient(uri)
+    assert not client.search_runs([client.get_experiment_by_name("x").experiment_id])
+
+
+def test_the_same_command_records_what_it_could_not_before(tmp_path, monkeypatch):
+    """Also when its data is complete already."""
+    monkeypatch.setenv("SMALTO_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    prepare = compose("prepare", ["source=folder", "source.path=x", f"out={tmp_path}"])
+    (tmp_path / "meta.json").write_text("{}")
+    record_summary(prepare, "prepare", {"status": "written", "out": str(tmp_path), "num_train": 3})
+    assert len(list(tmp_path.glob("mlflow_pending/*"))) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database(tmp_path))
+    for _ in range(2):
+        record_summary(prepare, "prepare", {"status": "reused", "out": str(tmp_path), "num_train": 3})
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs([client.get_experiment_by_name("prepare").experiment_id])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"num_train": 3})
+    assert run.data.params["source"]
+
+
 # --- a server, on this machine --------------------------------------------------------------------------
 
 
@@ -208,7 +260,8 @@ def commanded(outputs: Path, uri: str, *arguments: str) -> subprocess.Popen:
 def test_a_training_beside_a_real_server(tmp_path, server, when):
     """All values are there once, whatever happened to the server, and the command ends as without it."""
     outputs, folder = tmp_path / "outputs", tmp_path / "outputs" / "run"
-    options = [*STEPS, "trainer.max_steps=400", "trainer.val_check_interval=100", "data.num_train=1600"]
+    count = 3000 if when == "killed and back" else 400  # it takes the server seconds to be back
+    options = [*STEPS, f"trainer.max_steps={count}", "trainer.val_check_interval=100", "data.num_train=1600"]
     command = ["train", *options, f"hydra.run.dir={folder}", "callbacks.checkpoint.every_n_steps=50"]
     if when != "absent at the start":
         server.start()
@@ -226,6 +279,7 @@ def test_a_training_beside_a_real_server(tmp_path, server, when):
     assert process.returncode == 0, text
     assert "Traceback" not in text
     assert text.count("The work goes on") == (when != "there")
+    assert text.count("MLflow answers again") == (when == "killed and back")
     assert (folder / "metrics.json").exists()
     if server.process is None:
         assert (folder / WAITING).exists()
@@ -235,9 +289,9 @@ def test_a_training_beside_a_real_server(tmp_path, server, when):
     assert not (folder / WAITING).exists()
     client, run = the_run(server.uri)
     assert run.info.status == "FINISHED"
-    for key, wanted in (("val/loss", [99, 199, 299, 399]), ("train/loss", list(range(400)))):
+    for key, wanted in (("val/loss", list(range(99, count, 100))), ("train/loss", list(range(count)))):
         assert steps(client, run.info.run_id, key) == wanted, (when, key)
-    assert len(curves(server.uri, [run.info.run_id], "train/loss")) == 400
+    assert len(curves(server.uri, [run.info.run_id], "train/loss")) == count
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
     assert list((server.folder / "a").rglob("config.yaml"))
     assert not (outputs / "mlruns").exists()  # a server has its own place

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import secrets
 import threading
 import time
@@ -140,6 +141,12 @@ class Journal:
             if not self._waiting:
                 with suppress(OSError):
                     self.file.unlink(missing_ok=True)
+
+    def save(self) -> None:
+        """Have what waits on the disk, to last through a power cut."""
+        with self._lock, suppress(OSError):
+            if self._waiting and self._handle is not None:
+                os.fsync(self._handle.fileno())
 
     def discard(self) -> None:
         """Drop what waits."""

@@ -122,6 +122,11 @@ class MLFlowLogger(Logger):
         self.recorder.add(ended(status), origin=status == "RUNNING")
 
     @rank_zero_only
+    def save(self) -> None:
+        """What was logged so far lasts, with a checkpoint that leaves it behind."""
+        self.recorder.journal.save()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Note the end and wait for what is on its way."""
         self.mark("FINISHED" if status in ("success", "finished") else "FAILED")
