@@ -37,7 +37,7 @@ def _own_store(monkeypatch):
     monkeypatch.setattr(store, "CHECK_SECONDS", 1)
 
 
-def steps(client: MlflowClient, run_id: str, key: str = "train/images_per_second") -> list[int]:
+def steps(client: MlflowClient, run_id: str, key: str = "train/loss") -> list[int]:
     return sorted(point.step for point in client.get_metric_history(run_id, key))
 
 
@@ -108,6 +108,32 @@ def stopped_half_way(tmp_path, monkeypatch) -> None:
         patch.setattr(GPTTask, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train.run(config(tmp_path))
+
+
+def test_a_database_that_is_locked_in_the_middle_holds_up_nothing(tmp_path, monkeypatch):
+    """Its lock may last for minutes; SQLite is asked in a thread, for as long as MLflow has it wait."""
+    from smalto.tasks.gpt import GPTTask
+
+    uri, whole = database(tmp_path), GPTTask.training_step
+    holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
+
+    def lock(self, batch, index):
+        if self.global_step == 2:
+            holder.execute("BEGIN EXCLUSIVE")
+        return whole(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTTask, "training_step", lock)
+        patch.setattr(recorder, "PATIENCE", 0.5)
+        metrics = train.run(config(tmp_path))
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / WAITING).exists()
+    holder.close()
+    assert train.run(config(tmp_path)) == metrics
+    client, run = the_run(uri)
+    assert run.info.status == "FINISHED"
+    assert steps(client, run.info.run_id) == list(range(6))
+    assert not (tmp_path / "run" / WAITING).exists()
 
 
 @pytest.mark.parametrize("gone", ["run", "experiment", "nothing"])

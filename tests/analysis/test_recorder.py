@@ -185,7 +185,10 @@ def test_a_store_that_hangs_delays_nothing(tmp_path, monkeypatch):
     assert not one.close()
     assert time.monotonic() - began < 2
     assert len((tmp_path / "waiting.jsonl").read_text().splitlines()) == 101
+    hanging = one._thread
+    one.journal.discard()
     over.set()
+    hanging.join(20)
 
 
 def test_a_full_disk_and_a_store_that_is_down_end_nothing(flaky, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from smalto.analysis import store
-from smalto.analysis.store import RETRIES, TIMEOUT, connect, experiment_id
+from smalto.analysis.store import RETRIES, TIMEOUT, connect, experiment_id, impatient
 from smalto.errors import StorageError
 from smalto.files import TEMPORARY
 from stores import database
@@ -115,6 +115,7 @@ def test_what_is_wrong_is_said_in_one_line_within_seconds(kind, tmp_path, deaf_p
     monkeypatch.setenv(RETRIES, "7")
     monkeypatch.delenv(TIMEOUT, raising=False)
     uri, said = broken(kind, tmp_path, deaf_port)
+    level = logging.getLogger("mlflow").level
     capfd.readouterr()
     began = time.monotonic()
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
@@ -129,7 +130,7 @@ def test_what_is_wrong_is_said_in_one_line_within_seconds(kind, tmp_path, deaf_p
     assert len(str(caught.value)) < 400
     assert capfd.readouterr().err == ""
     assert (os.environ[RETRIES], os.environ.get(TIMEOUT)) == ("7", None)
-    assert logging.getLogger("mlflow").level != logging.CRITICAL
+    assert logging.getLogger("mlflow").level == level
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
@@ -182,3 +183,18 @@ def test_a_deleted_experiment_stays_deleted_and_a_new_one_begins(tmp_path, caplo
     assert client.get_experiment(old).lifecycle_stage == "deleted"
     assert client.get_run(run).info.lifecycle_stage == "deleted"
     assert "prepare was deleted in MLflow" in caplog.text
+
+
+def test_calls_that_overlap_in_two_threads_leave_everything_as_it_was(monkeypatch):
+    monkeypatch.setenv(RETRIES, "7")
+    monkeypatch.delenv(TIMEOUT, raising=False)
+    level = logging.getLogger("mlflow").level
+    first, second = impatient(1, retries=0, always=True), impatient(2, retries=1)
+    first.__enter__()
+    second.__enter__()
+    assert (os.environ[RETRIES], os.environ[TIMEOUT]) == ("0", "1")
+    first.__exit__(None, None, None)
+    assert logging.getLogger("mlflow").level == logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert (os.environ[RETRIES], os.environ.get(TIMEOUT)) == ("7", None)
+    assert logging.getLogger("mlflow").level == level

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -50,6 +51,37 @@ def connect(uri: str, *, outputs: Path | None = None) -> MlflowClient:
     return client
 
 
+class _Inside:
+    """How many calls are on their way, in threads that do not know of each other; the last one tidies up."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._count = 0
+        self._level = logging.NOTSET
+        self._environment: dict[str, str | None] = {}
+
+    def enter(self, environment: dict[str, str | None]) -> None:
+        logger = logging.getLogger("mlflow")
+        if self._count == 0:
+            self._level, self._environment = logger.level, environment
+            logger.setLevel(logging.CRITICAL)
+        self._count += 1
+
+    def leave(self, environment: dict[str, str | None]) -> None:
+        self._count -= 1
+        if self._count == 0:
+            logging.getLogger("mlflow").setLevel(self._level)
+            environment = self._environment
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_inside = _Inside()
+
+
 @contextmanager
 def impatient(seconds: int, *, retries: int, always: bool = False) -> Iterator[None]:
     """Calls of MLflow's REST client end soon, and MLflow does not print tracebacks of what is told in one line.
@@ -59,21 +91,16 @@ def impatient(seconds: int, *, retries: int, always: bool = False) -> Iterator[N
         retries: after a failure; MLflow's own 7 with growing pauses are minutes.
         always: whatever the environment says; else that has the last word.
     """
-    logger = logging.getLogger("mlflow")
-    level, before = logger.level, {name: os.environ.get(name) for name in (RETRIES, TIMEOUT)}
-    for name, value in ((RETRIES, retries), (TIMEOUT, seconds)):
-        if always or before[name] is None:
-            os.environ[name] = str(value)
-    logger.setLevel(logging.CRITICAL)
+    wanted = {RETRIES: str(retries), TIMEOUT: str(seconds)}
+    with _inside.lock:
+        before = {name: os.environ.get(name) for name in wanted}
+        _inside.enter(before)
+        os.environ.update({name: value for name, value in wanted.items() if always or before[name] is None})
     try:
         yield
     finally:
-        logger.setLevel(level)
-        for name, old in before.items():
-            if old is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = old
+        with _inside.lock:
+            _inside.leave(before)
 
 
 def reason(error: BaseException, uri: str) -> str:
