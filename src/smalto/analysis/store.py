@@ -118,7 +118,8 @@ def reason(error: BaseException, uri: str) -> str:
     if uri.startswith("http"):
         found = cause[0] if cause else text.splitlines()[0][:200]
         return f"no answer ({found}); start the server, or set MLFLOW_TRACKING_URI to the right address"
-    return text.splitlines()[0][:200]
+    what = text.splitlines()[0][:200]
+    return f"{what}; if that stays so, move the file away, and a new one is made" if sqlite_file(uri) else what
 
 
 def sqlite_file(uri: str) -> Path | None:
