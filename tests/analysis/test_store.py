@@ -6,14 +6,16 @@ import os
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from smalto.analysis import store
-from smalto.analysis.store import RETRIES, TIMEOUT, connect, experiment_id, impatient
+from smalto.analysis.store import connect, experiment_id, impatient
 from smalto.errors import StorageError
 from smalto.files import TEMPORARY
 from stores import database
@@ -112,8 +114,7 @@ def broken(kind: str, folder: Path, deaf: int) -> tuple[str, str]:
 @pytest.mark.parametrize("kind", ["absent", "deaf", "no database", "truncated", "other version", "nowhere", "locked"])
 def test_what_is_wrong_is_said_in_one_line_within_seconds(kind, tmp_path, deaf_port, monkeypatch, capfd):
     monkeypatch.setattr(store, "CHECK_SECONDS", 1)
-    monkeypatch.setenv(RETRIES, "7")
-    monkeypatch.delenv(TIMEOUT, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")
     uri, said = broken(kind, tmp_path, deaf_port)
     level = logging.getLogger("mlflow").level
     capfd.readouterr()
@@ -129,7 +130,7 @@ def test_what_is_wrong_is_said_in_one_line_within_seconds(kind, tmp_path, deaf_p
     assert "swordfish" not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert capfd.readouterr().err == ""
-    assert (os.environ[RETRIES], os.environ.get(TIMEOUT)) == ("7", None)
+    assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (7, 120)
     assert logging.getLogger("mlflow").level == level
 
 
@@ -185,16 +186,31 @@ def test_a_deleted_experiment_stays_deleted_and_a_new_one_begins(tmp_path, caplo
     assert "prepare was deleted in MLflow" in caplog.text
 
 
-def test_calls_that_overlap_in_two_threads_leave_everything_as_it_was(monkeypatch):
-    monkeypatch.setenv(RETRIES, "7")
-    monkeypatch.delenv(TIMEOUT, raising=False)
-    level = logging.getLogger("mlflow").level
-    first, second = impatient(1, retries=0, always=True), impatient(2, retries=1)
-    first.__enter__()
-    second.__enter__()
-    assert (os.environ[RETRIES], os.environ[TIMEOUT]) == ("0", "1")
-    first.__exit__(None, None, None)
+def test_how_long_calls_may_take_is_of_one_thread_and_no_longer(monkeypatch):
+    """The environment is not touched: it is of all threads, and of C code that reads it meanwhile."""
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    entered, leave = threading.Event(), threading.Event()
+
+    def limits() -> tuple[int, int]:
+        return MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+
+    def check() -> None:
+        with impatient(5, retries=0, always=True):
+            seen.append(limits())
+            entered.set()
+            leave.wait(20)
+
+    seen: list[tuple[int, int]] = []
+    usual, level, before = limits(), logging.getLogger("mlflow").level, dict(os.environ)
+    thread = threading.Thread(target=check)
+    with impatient(20, retries=1):
+        thread.start()
+        entered.wait(20)
+        assert (limits(), seen) == ((1, 60), [(0, 5)])
+        assert dict(os.environ) == before
+    assert limits() == usual
     assert logging.getLogger("mlflow").level == logging.CRITICAL
-    second.__exit__(None, None, None)
-    assert (os.environ[RETRIES], os.environ.get(TIMEOUT)) == ("7", None)
+    leave.set()
+    thread.join()
     assert logging.getLogger("mlflow").level == level

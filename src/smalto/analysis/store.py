@@ -5,11 +5,14 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from smalto.errors import StorageError
 from smalto.files import FileLock, replacing
@@ -23,7 +26,6 @@ CALL_SECONDS = 20
 """The same for a call later on; the environment variable has the last word."""
 CREATION_SECONDS = 60
 """How long another process may take to make the database."""
-RETRIES, TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 def connect(uri: str, *, outputs: Path | None = None) -> MlflowClient:
@@ -51,35 +53,34 @@ def connect(uri: str, *, outputs: Path | None = None) -> MlflowClient:
     return client
 
 
-class _Inside:
-    """How many calls are on their way, in threads that do not know of each other; the last one tidies up."""
+class _Patience(threading.local):
+    """How long the calls of one thread wait: values of MLflow's settings, and whether they go before the environment.
+
+    Set here and not in the environment: a change of that, in a thread, while training goes on, can crash C code that
+    reads it.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._count = 0
-        self._level = logging.NOTSET
-        self._environment: dict[str, str | None] = {}
-
-    def enter(self, environment: dict[str, str | None]) -> None:
-        logger = logging.getLogger("mlflow")
-        if self._count == 0:
-            self._level, self._environment = logger.level, environment
-            logger.setLevel(logging.CRITICAL)
-        self._count += 1
-
-    def leave(self, environment: dict[str, str | None]) -> None:
-        self._count -= 1
-        if self._count == 0:
-            logging.getLogger("mlflow").setLevel(self._level)
-            environment = self._environment
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        self.values: dict[str, int] = {}
+        self.always = False
 
 
-_inside = _Inside()
+_patience = _Patience()
+_quiet = threading.Lock()
+_levels: list[int] = []
+"""Level of MLflow's logger before each of the calls that are on their way, whatever their threads."""
+
+
+@cache
+def _listen() -> None:
+    """Have MLflow ask for the patience of the thread, for the rest of the process."""
+    for variable in (MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT):
+
+        def get(variable: Any = variable, usual: Callable[[], int] = variable.get) -> int:
+            given = variable.name in _patience.values and (_patience.always or not variable.is_set())
+            return _patience.values[variable.name] if given else usual()
+
+        variable.get = get  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -91,16 +92,22 @@ def impatient(seconds: int, *, retries: int, always: bool = False) -> Iterator[N
         retries: after a failure; MLflow's own 7 with growing pauses are minutes.
         always: whatever the environment says; else that has the last word.
     """
-    wanted = {RETRIES: str(retries), TIMEOUT: str(seconds)}
-    with _inside.lock:
-        before = {name: os.environ.get(name) for name in wanted}
-        _inside.enter(before)
-        os.environ.update({name: value for name, value in wanted.items() if always or before[name] is None})
+    _listen()
+    logger = logging.getLogger("mlflow")
+    before = _patience.values, _patience.always
+    _patience.values = {MLFLOW_HTTP_REQUEST_MAX_RETRIES.name: retries, MLFLOW_HTTP_REQUEST_TIMEOUT.name: seconds}
+    _patience.always = always
+    with _quiet:
+        _levels.append(logger.level)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        with _inside.lock:
-            _inside.leave(before)
+        _patience.values, _patience.always = before
+        with _quiet:
+            level = _levels.pop()
+            if not _levels:
+                logger.setLevel(level)
 
 
 def reason(error: BaseException, uri: str) -> str:
