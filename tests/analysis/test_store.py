@@ -214,3 +214,11 @@ def test_how_long_calls_may_take_is_of_one_thread_and_no_longer(monkeypatch):
     leave.set()
     thread.join()
     assert logging.getLogger("mlflow").level == level
+
+
+def test_an_experiment_that_another_process_has_just_made_is_taken(tmp_path, monkeypatch):
+    client = connect(database(tmp_path))
+    made, seen = client.create_experiment("prepare"), client.get_experiment_by_name
+    answers = iter([None])
+    monkeypatch.setattr(client, "get_experiment_by_name", lambda name: next(answers, seen(name)))
+    assert experiment_id(client, "prepare", str(tmp_path)) == made

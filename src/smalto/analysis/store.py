@@ -13,6 +13,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.exceptions import MlflowException
 
 from smalto.errors import StorageError
 from smalto.files import FileLock, replacing
@@ -212,4 +213,10 @@ def experiment_id(client: MlflowClient, name: str, artifact_location: str | None
         client.rename_experiment(found.experiment_id, aside)
         client.delete_experiment(found.experiment_id)
         log.warning("experiment %s was deleted in MLflow: it is called %r there now, and a new one begins", name, aside)
-    return client.create_experiment(name, artifact_location=artifact_location)
+    try:
+        return client.create_experiment(name, artifact_location=artifact_location)
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another process may have been faster
+        if found is None or found.lifecycle_stage != "active":
+            raise
+        return found.experiment_id
