@@ -1,5 +1,6 @@
 """MLflow stores for tests: a fresh database in a folder, and clients that fail when they are told to."""
 
+import atexit
 import shutil
 import tempfile
 from functools import cache
@@ -15,9 +16,10 @@ from smalto.analysis.store import prepare_database
 @cache
 def _template() -> Path:
     """One empty database, which takes seconds to make."""
-    file = Path(tempfile.mkdtemp()) / "mlflow.db"
-    prepare_database(file)
-    return file
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepare_database(folder / "mlflow.db")
+    return folder / "mlflow.db"
 
 
 def database(outputs: Path) -> str:
