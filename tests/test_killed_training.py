@@ -147,6 +147,15 @@ def test_killed_at_every_event(tmp_path, whole):
             check(tmp_path / f"{number}{when}", whole, (when, hook, step))
 
 
+def test_a_validation_that_was_finished_is_not_repeated(tmp_path, whole):
+    for dies in (("after", "on_validation_end", 3), ("after", "on_validation_end", STEPS)):
+        assert training(tmp_path, dies=dies, events=tmp_path / f"events{dies[2]}") == KILLED
+    assert training(tmp_path, events=tmp_path / "events") == 0
+    seen = [json.loads(line) for name in ("events5", "events") for line in (tmp_path / name).read_text().splitlines()]
+    assert [step for hook, step in seen if hook == "on_validation_end"] == [STEPS]
+    assert result(tmp_path) == whole
+
+
 def test_killed_again_and_again(tmp_path, whole):
     for dies in (
         ("after", "on_train_batch_end", 2),

@@ -20,7 +20,7 @@ from smalto.callbacks.checkpoint import (
 )
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
-from smalto.callbacks.validation import Validation
+from smalto.callbacks.validation import NOTE, Validation
 from smalto.data.ranks import leads
 from smalto.errors import InputError, StorageError
 from smalto.files import alone_in, write_bytes
@@ -69,7 +69,7 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
         checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints")
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
-    validation = Validation()
+    validation = Validation(folder)
     callbacks += [Provenance(plain, kind=plain["kind"]), validation]
     loggers = [reopen(folder, node) for node in chosen(config.get("logger"))]
     savers = [callback for callback in callbacks if isinstance(callback, LatestCheckpoint)]
@@ -93,7 +93,7 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
         raise KeyboardInterrupt from None
     metrics = {key: value for saver in savers for key, value in saver.metrics.items()}
     metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if validation.step != trainer.global_step:  # the run was over but for this; weights and averages are at hand
+    if not validation.is_done(trainer):  # the run was over but for this; weights and averages are at hand
         trainer.validate(task, datamodule=data, verbose=False)
         metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     for callback in callbacks:
@@ -139,7 +139,7 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
     # A run that saved nothing may have logged something, which is another's if its settings were others.
     others = config_file.exists() and differing_keys(yaml.safe_load(config_file.read_text()), plain)
     if plain["overwrite"] or others:
-        for old in ("metrics.json", "mlflow_run_id", "logs/metrics.csv"):
+        for old in ("metrics.json", NOTE, "mlflow_run_id", "logs/metrics.csv"):
             (folder / old).unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)

@@ -243,8 +243,8 @@ def test_a_failed_save_is_told_everywhere_and_leaves_the_one_before(tmp_path, be
 class Validated(Validation):
     """Notes what was found, and fails at a step as a killed process would."""
 
-    def __init__(self, fails_at: int = -1) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, fails_at: int = -1) -> None:
+        super().__init__(folder)
         self.fails_at, self.found = fails_at, []
 
     def on_validation_batch_start(self, trainer, *args) -> None:
@@ -258,7 +258,7 @@ class Validated(Validation):
 
 def validated_run(folder: Path, start: Path | None = None, *callbacks: L.Callback, fails_at: int = -1):
     torch.manual_seed(0)
-    watch, where = Validated(fails_at), {"strategy": ShardedStrategy(), "devices": 2, "inference_mode": False}
+    watch, where = Validated(folder, fails_at), {"strategy": ShardedStrategy(), "devices": 2, "inference_mode": False}
     saver = LatestCheckpoint(dirpath=folder / "checkpoints", every_n_steps=2)
     callbacks = (*callbacks, StepSeed(seed=0), EMA(decay=0.9), watch, saver)
     trainer = make_trainer(folder, *callbacks, max_steps=5, val_check_interval=4, check_val_every_n_epoch=None, **where)

@@ -52,7 +52,7 @@ class LatestCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.metrics: dict[str, float] = {}
-        """Newest values of all metrics at the last save, those of runs before this one included."""
+        """Newest values of what training logs at the last save; those from before a restart are among them."""
         self._step = self._saved_step = -1
         self._stopping = False
         self._agreement: Agreement | None = None
@@ -142,7 +142,8 @@ class LatestCheckpoint(Checkpoint):
         self._finish(trainer)
         if not trainer.strategy.broadcast(self.folder.is_dir()):  # writing would make it anew, and nothing else in it
             raise StorageError(self._gone)
-        self.metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+        values = trainer.callback_metrics.items()
+        self.metrics |= {key: float(value) for key, value in values if not key.startswith("val/")}
         path = self.folder / f"step_{step:08d}.ckpt"
         with self._told(path):
             trainer.save_checkpoint(path.with_suffix(UNFINISHED))
