@@ -66,7 +66,8 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
     checkpoint = plain["ckpt_path"]
     if checkpoint in (None, "last"):
         # With overwrite, the first of several processes is about to remove what others may still see.
-        checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints")
+        verify = plain.get("verify", True)
+        checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints", verify=verify)
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
     validation = Validation(folder)

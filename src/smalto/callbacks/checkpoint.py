@@ -267,13 +267,13 @@ def _damage_of_file(path: Path, *, verify: bool) -> str | None:
     return part and f"{part} is not what was written"
 
 
-def checkpoint_to_continue(folder: Path) -> Path | None:
-    """Where a run goes on: its newest whole checkpoint; None if nothing was saved yet.
+def checkpoint_to_continue(folder: Path, *, verify: bool = True) -> Path | None:
+    """Where a run goes on: its newest whole checkpoint; None if nothing was saved yet. See :func:`newest_checkpoint`.
 
     Raises:
         InputError: something was saved, and nothing of it can be used.
     """
-    newest, saved = newest_checkpoint(folder, verify=True), step_checkpoints(folder)
+    newest, saved = newest_checkpoint(folder, verify=verify), step_checkpoints(folder)
     if newest is None and saved:
         several = f"all {len(saved)} checkpoints in {folder} are"
         what = several if len(saved) > 1 else f"the only checkpoint {saved[0]} is"
