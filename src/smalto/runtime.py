@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from smalto import __version__
+from smalto.data.ranks import leads
 from smalto.errors import InputError
 from smalto.sweeps.jobs import WRONG_SETTINGS as USER_ERRORS
 from smalto.sweeps.jobs import run_job
@@ -132,7 +133,9 @@ class Command:
             keep_freed_memory()
         try:
             # A function that was decorated has the command in its place by now.
-            return inspect.unwrap(getattr(import_module(self.module), self.function))(config)
+            result = inspect.unwrap(getattr(import_module(self.module), self.function))(config)
+            record_pending(config)
+            return result
         except (*USER_ERRORS, KeyboardInterrupt) as error:
             remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             if "HYDRA_FULL_ERROR" in os.environ:
@@ -233,17 +236,16 @@ def wanted_device(name: str) -> torch.device:
 def record(
     config: DictConfig, *, experiment: str, params: dict, metrics: dict[str, float], artifacts: list[Path]
 ) -> None:
-    """Log a finished job to MLflow beside the training runs, unless ``mlflow=false``."""
+    """Log a finished job to MLflow beside the training runs, unless ``mlflow=false``; later, if MLflow fails."""
     if not config.mlflow:
         return
     # Seconds of import, only where they are wanted.
-    from smalto.analysis.runs import record_run
+    from smalto.analysis.recorder import record_job
     from smalto.callbacks.provenance import git_commit
 
-    outputs = config.paths.outputs
-    record_run(
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db"),
-        artifact_location=f"{outputs}/mlruns/{experiment}",
+    record_job(
+        tracking_uri(config),
+        Path(config.paths.outputs),
         experiment=experiment,
         run_name=f"{experiment}-{os.environ['SMALTO_LAUNCHED_AT']}",
         params=params,
@@ -253,9 +255,23 @@ def record(
     )
 
 
+def tracking_uri(config: DictConfig) -> str:
+    """Where finished jobs are recorded."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.paths.outputs}/mlflow.db"
+
+
+def record_pending(config: DictConfig) -> None:
+    """Record what earlier commands could not, because MLflow failed then."""
+    if config.get("mlflow") and leads() and any(Path(config.paths.outputs).glob("mlflow_pending/*.jsonl")):
+        from smalto.analysis.recorder import write_pending
+
+        write_pending(tracking_uri(config), Path(config.paths.outputs))
+
+
 def record_summary(config: DictConfig, verb: str, summary: dict[str, Any]) -> None:
     """Log a data set that was just written: its counts as metrics, all settings as parameters."""
     if summary["status"] != "written":
+        record_pending(config)
         return
     plain: Any = OmegaConf.to_container(config, resolve=True)
     counts = {key: float(value) for key, value in summary.items() if isinstance(value, int)}

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.callbacks.checkpoint import (
@@ -18,6 +17,7 @@ from smalto.callbacks.checkpoint import (
     discard_checkpoints,
     step_checkpoints,
 )
+from smalto.callbacks.mlflow_logger import MEMORY, WAITING, MLFlowLogger, deliver_waiting
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
 from smalto.callbacks.validation import NOTE, Validation
@@ -54,6 +54,8 @@ def run(config: DictConfig) -> dict[str, float]:
             if metrics is None:
                 return fit(config, plain, folder)
     log.info("%s is finished already (overwrite=true trains anew)", folder)
+    if leads():
+        deliver_waiting(folder, plain)
     return metrics
 
 
@@ -140,7 +142,7 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
     # A run that saved nothing may have logged something, which is another's if its settings were others.
     others = config_file.exists() and differing_keys(yaml.safe_load(config_file.read_text()), plain)
     if plain["overwrite"] or others:
-        for old in ("metrics.json", NOTE, "mlflow_run_id", "logs/metrics.csv"):
+        for old in ("metrics.json", NOTE, MEMORY, WAITING, "logs/metrics.csv"):
             (folder / old).unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,20 +159,24 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def reopen(folder: Path, node: DictConfig) -> Any:
     """Build a logger; a continued run goes on in the MLflow run it began, a job of a sweep is a child of its."""
-    memory = folder / "mlflow_run_id"
     if not node["_target_"].endswith("MLFlowLogger"):
         return build(node)
-    logger: MLFlowLogger = build(node, run_id=memory.read_text().strip() if memory.exists() else None)
+    # Runs that were begun with Lightning's own logger name that, and an option that only it has.
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    options = {key: value for key, value in plain.items() if key not in ("_target_", "log_model")}
+    logger = MLFlowLogger(**options, folder=folder)
     if leads():
-        write_bytes(memory, f"{logger.run_id}\n".encode())
-        if PARENT in os.environ:
-            logger.experiment.set_tag(logger.run_id, "mlflow.parentRunId", os.environ[PARENT])
+        logger.begin({"mlflow.parentRunId": os.environ.get(PARENT)})
     return logger
 
 
 def finished(plain: dict[str, Any]) -> dict[str, float] | None:
     """Metrics of the run that a resolved config describes, if it is over: a sweep asks, and does not run it again."""
-    return check_folder(Path(plain["run_dir"]), plain)
+    folder = Path(plain["run_dir"])
+    metrics = check_folder(folder, plain)
+    if metrics is not None and leads():
+        deliver_waiting(folder, plain)
+    return metrics
 
 
 main = hydra_main("train")(run)

@@ -11,10 +11,11 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from smalto import __version__
+from smalto.callbacks.mlflow_logger import MLFlowLogger
+from smalto.redact import redacted
 from smalto.tasks.checkpoint import CONFIG_KEY
 
 log = logging.getLogger(__name__)
@@ -64,12 +65,10 @@ class Provenance(L.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
             if isinstance(logger, MLFlowLogger):
-                run_id = logger.run_id
-                for key, value in origin.items():
-                    logger.experiment.set_tag(run_id, key, value)
-                logger.experiment.log_text(run_id, yaml.safe_dump(self.config, sort_keys=False), "config.yaml")
-                logger.experiment.log_metric(run_id, "parameters", trainable)
-                logger.experiment.update_run(run_id, status="RUNNING")
+                logger.log_tags(origin)
+                logger.log_text(yaml.safe_dump(redacted(self.config), sort_keys=False), "config.yaml")
+                logger.log_metrics({"parameters": trainable})
+                logger.mark("RUNNING")
         log.info(
             "%s of %s parameters, %d device(s), global batch %s, to step %s; run folder %s",
             self.kind,

@@ -123,7 +123,8 @@ def begin(config: DictConfig) -> Sweep:
         signal.signal(signal.SIGINT, sweep.stop)
     if (config.get("logger") or {}).keys():
         # Seconds of import, only where they are wanted.
-        from smalto.sweeps.parent import ParentRun, mlflow_node
+        from smalto.callbacks.mlflow_logger import mlflow_node
+        from smalto.sweeps.parent import ParentRun
 
         node = mlflow_node(config)
         if node is not None:
