@@ -181,6 +181,43 @@ class FileLock:
         self.release()
 
 
+_held: set[Path] = set()
+
+
+@contextmanager
+def alone_in(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold ``folder``, which is made if it is missing; within it once more is no second time.
+
+    Args:
+        folder: where only one may work.
+        patience: seconds to wait for somebody else, who saves and stops.
+
+    Raises:
+        PathInUse: another process works there.
+        StorageError: nothing can be written there.
+    """
+    place = folder.resolve()
+    if place in _held:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(patience=patience)
+    except PathInUse as error:
+        raise PathInUse(f"{error}; wait until it has ended, or stop it, and give the same command again") from None
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written to: {error.strerror or error}; choose another folder"
+        ) from error
+    with lock:
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
+
+
 _OWNER = "process {pid} on {host}"
 
 

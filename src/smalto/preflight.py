@@ -1,5 +1,6 @@
 """What a training needs from this machine, looked at in seconds: before models, databases and other processes."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             "training reads shards that smalto has written",
             extract(plain) if codes else prepare(data),
         )
+    yield from classes(plain)
     begun = any((Path(plain["run_dir"]) / "checkpoints").glob("step_*"))  # its own weights count, init_from no more
     for key, rule, command in (
         ("init_from", "the run starts with the weights of this checkpoint", "init_from=FILE"),
@@ -76,6 +78,25 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     ):
         if plain[key] != "last" and missing(plain[key]) and not (begun and key == "init_from"):
             yield f"no checkpoint at {plain[key]} ({key})", rule, command
+
+
+def classes(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Labels that the model has no class for."""
+    network = plain["task"].get("net") or {}
+    known = (network.get("conditioner") or {}).get("num_classes")
+    path = plain["data"].get("path")
+    if not known or not isinstance(path, str):
+        return
+    try:
+        found = json.loads((Path(path) / "meta.json").read_bytes())["num_classes"]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not a data set, which its reader explains
+        return
+    if isinstance(found, int) and found > known:
+        yield (
+            f"{path} has {found} classes, model.conditioner.num_classes is {known}",
+            "the model needs a class for every label of its data",
+            f"model.conditioner.num_classes={found}",
+        )
 
 
 def missing(path: Any) -> bool:

@@ -7,8 +7,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -18,8 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from smalto.data.ranks import leads
-from smalto.errors import PathInUse
-from smalto.files import FileLock
+from smalto.files import alone_in
 from smalto.runtime import USER_ERRORS, cause, keep_freed_memory, setup_logging
 from smalto.sweeps.jobs import main_metric, one_line, read_record, write_record
 from smalto.sweeps.names import LAUNCHER_PID, WHOLE_CONFIG
@@ -60,22 +57,6 @@ def is_alive(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder of a job; an earlier process there has a minute to save and stop.
-
-    Raises:
-        PathInUse: another process still works there.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(patience=PATIENCE)
-    except PathInUse as error:
-        raise PathInUse(f"{error}; wait for it, or stop it, and continue the sweep") from None
-    with lock:
-        yield
-
-
 def run(module: str, config_file: Path) -> int:
     """Run the job and note how it went; returns the exit code."""
     first, folder = leads(), config_file.parent
@@ -85,7 +66,7 @@ def run(module: str, config_file: Path) -> int:
         whole = os.environ.get(WHOLE_CONFIG)
         config = OmegaConf.create(json.loads(whole)) if whole else OmegaConf.load(config_file)
         if first:
-            with alone_in(folder):
+            with alone_in(folder, patience=PATIENCE):
                 result = import_module(module).run(config)
         else:
             result = import_module(module).run(config)
