@@ -20,7 +20,13 @@ _CROP = 1  # stream number of the choice of crop
 
 
 def code_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Smallest stored type that holds every code."""
+    """Smallest stored type that holds every code.
+
+    Raises:
+        ValueError: no stored type does.
+    """
+    if not 0 < codebook_size <= 2**32:
+        raise InputError(f"codebook_size is {codebook_size}; codes are stored in 32 bits, it must be in 1..{2**32}")
     return np.uint16 if codebook_size <= 2**16 else np.uint32
 
 

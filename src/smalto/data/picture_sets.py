@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from smalto.data.npz_images import open_npz_images
 from smalto.data.patterns import is_foreign, scan_foreign
+from smalto.data.pictures import open_picture, read_picture_file
 from smalto.data.reader import ImageReader, stack_pixels
 from smalto.data.shards import IMAGES, META, read_meta
 from smalto.data.sources import Folder
@@ -108,11 +108,11 @@ class FolderPictures(PictureSet):
         return np.asarray(image)
 
     def _open(self, index: int) -> Image.Image:
-        data = (self.path / self._names[index]).read_bytes()
         try:
-            with Image.open(BytesIO(data)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise InputError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8-bit RGB")
+            data = read_picture_file(self.path / self._names[index])
+            mode = open_picture(data).mode
+            if mode.startswith(("I", "F")):
+                raise InputError(f"its pixels have more than 8 bits (mode {mode}); convert it to 8-bit RGB")
             return decode_image(data)
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path / self._names[index]}: {error}") from error

@@ -1,15 +1,23 @@
 """Images of one split by number: members located once, then one read and one decode each."""
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from smalto.data.shards import IMAGE_SUFFIXES, Member, ShardFiles, split_key, tar_members
+from smalto.data.annotations import read_labels
+from smalto.data.folder_scan import told
+from smalto.data.pictures import check_file_size
+from smalto.data.shards import Member, ShardFiles, split_key, tar_members
+from smalto.data.tar_records import is_image, record_key, roles
 from smalto.data.transforms import decode_image
 from smalto.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class ImageReader:
@@ -61,6 +69,7 @@ class ImageReader:
         """
         number, offset, size = map(int, self._places[index])
         try:
+            check_file_size(size)
             return decode_image(self._files.read(number, size, offset))
         except ValueError as error:
             raise InputError(f"image {index} in {self.paths[number]} is damaged: {error}") from error
@@ -81,16 +90,47 @@ def stack_pixels(images: list[Image.Image]) -> np.ndarray:
 
 def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int, str]]:
     """Offset, size, label (-1: none) and key of every image of a shard, in order; ``encoding`` None: of any kind."""
-    images: dict[str, Member] = {}
-    labels: dict[str, int] = {}
-    wanted = IMAGE_SUFFIXES if encoding is None else {f".{encoding}"}
+    found: dict[str, dict[str, Member]] = {}
+    skipped: Counter[str] = Counter()
+    for member in tar_members(path, skipped):
+        place = record_key(member.name) if encoding is None else split_key(member.name)
+        if place is None:
+            skipped["hidden or system"] += 1
+            continue
+        key, suffix = place
+        if suffix in found.setdefault(key, {}):
+            twice = f"two images with the key {key}" if is_image(suffix) else f"{member.name} twice"
+            raise InputError(f"{path} holds {twice}; write the shard with unique keys")
+        found[key][suffix] = member
+    images = []
     with path.open("rb") as file:
-        for member in tar_members(path):
-            key, suffix = split_key(member.name)
-            if f".{suffix}" in wanted:
-                if key in images:
-                    raise InputError(f"{path} holds two images with the key {key}; write the shard with unique keys")
-                images[key] = member
-            elif suffix == "cls":
-                labels[key] = int(os.pread(file.fileno(), member.size, member.offset))
-    return [(m.offset, m.size, labels.get(key, -1), key) for key, m in images.items()]
+        for key, members in found.items():
+            parts = roles(key, members, path)
+            if parts is None:
+                skipped["keys without an image"] += 1
+                continue
+            label = -1
+            if parts.label is not None:
+                cls = members[parts.label]
+                label = _label(os.pread(file.fileno(), min(cls.size, _LABEL), cls.offset), f"{cls.name} in {path}")
+            member = members[parts.image]
+            images.append((member.offset, member.size, label, key))
+    if skipped:
+        log.warning("%s: %s", path, told(skipped))
+    return images
+
+
+def _label(text: bytes, place: str) -> int:
+    """A ``cls`` member as a number; -1: none, or said to be none."""
+    if text.strip() == b"-1":
+        return -1
+    try:
+        label = read_labels([text.decode(errors="replace")], lambda _: place)[0]
+    except ValueError as error:
+        raise InputError(f"{error}. smalto prepare source=tar counts and names what cannot be used") from error
+    if isinstance(label, str):
+        raise InputError(f"{place} is the word {label!r}; smalto prepare source=tar numbers words")
+    return -1 if label is None else label
+
+
+_LABEL = 1024  # bytes of a cls member that are looked at
