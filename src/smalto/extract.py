@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import __version__
+from smalto.data.annotations import check_range
 from smalto.data.code_writer import CodeWriter
 from smalto.data.codes import code_dtype
 from smalto.data.crops import CROPS, Crops, codes_summary, crop_names
@@ -173,6 +174,9 @@ def extract_codes(
         if finished:
             return codes_summary(folder, "reused", names)
         readers = {split: ImageReader(data, meta, split) for split in meta["splits"]}
+        if meta["num_classes"] is not None:
+            for split, reader in readers.items():
+                check_range(reader.labels, meta["num_classes"], f"{split} in {data}")
         net = tokenizer.tokenizer.to(place)
         described |= _agreement(net, readers, size, ranges, CROPS[crops], place) if bf16 else {}
         writer = CodeWriter(

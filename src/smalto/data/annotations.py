@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smalto.errors import InputError
 
 SPLITS = {
@@ -166,6 +168,20 @@ def check_labels(labels: Sequence[int | str | None], classes: Sequence[str], nam
                 raise InputError(
                     f"{name(i)}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
                 )
+
+
+def check_range(labels: np.ndarray, num_classes: int, where: object) -> None:
+    """Refuse stored labels that are outside the classes of their set.
+
+    Raises:
+        ValueError: a label below 0, or beyond the last class.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if outside.size:
+        raise InputError(
+            f"{outside.size} labels of {where} are outside 0 to {num_classes - 1}, the first is {labels[outside[0]]} of "
+            f"image {outside[0]}; prepare the images again with labels from 0, or without labels"
+        )
 
 
 def _shown(value: Any) -> str:

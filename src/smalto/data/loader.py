@@ -71,7 +71,7 @@ class ResumableLoader:
             )
         if num_samples < needed:
             raise InputError(
-                f"{num_samples} samples are too few: validation on {world_size} processes needs {needed}, one for each; "
+                f"{num_samples} samples are too few: validation on {world_size} processes needs {needed}, one each; "
                 "prepare more (val_fraction), or use fewer devices"
             )
         self._num_samples, self._batch_size = num_samples, batch_size
