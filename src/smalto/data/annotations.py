@@ -179,8 +179,8 @@ def check_range(labels: np.ndarray, num_classes: int, where: object) -> None:
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if outside.size:
         raise InputError(
-            f"{outside.size} labels of {where} are outside 0 to {num_classes - 1}, the first is {labels[outside[0]]} of "
-            f"image {outside[0]}; prepare the images again with labels from 0, or without labels"
+            f"{outside.size} labels of {where} are outside 0 to {num_classes - 1}, the first is {labels[outside[0]]} "
+            f"of image {outside[0]}; prepare the images again with labels from 0, or without labels"
         )
 
 
