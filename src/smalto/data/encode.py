@@ -6,6 +6,7 @@ from typing import Literal
 
 from PIL import Image
 
+from smalto.data.foreign import reason
 from smalto.data.pictures import MAX_PIXELS, is_upright, open_picture
 from smalto.data.sources import Record
 from smalto.data.transforms import center_crop, decode_image, pad_to, resize_short_side, to_rgb
@@ -140,7 +141,7 @@ def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, t
     try:
         image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
     except Exception as error:  # what a picture brings along, such as a colour profile, is stored too
-        raise InputError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {error}") from error
+        raise InputError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {reason(error)}") from error
     return buffer.getvalue(), (image.height, image.width)
 
 

@@ -16,6 +16,7 @@ from smalto import __version__
 from smalto.data.annotations import MAX_LABEL
 from smalto.data.codes import add_code_block, code_dtype
 from smalto.data.crops import CROPS, KINDS, codes_summary, crop_names
+from smalto.data.foreign import reading
 from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
 from smalto.data.shards import CODES
@@ -211,10 +212,8 @@ def _load(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
     """An array of whole numbers; ``shape`` None: any."""
     if not path.is_file():
         raise MissingFile(f"{path} is missing; every image needs its codes in each range, and a label")
-    try:
+    with reading(f"{path} is not a whole .npy file"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may claim any size
-    except Exception as error:  # foreign bytes in the hands of a library
-        raise InputError(f"{path} is not a whole .npy file: {error}") from error
     if array.dtype.kind not in "iu":
         raise InputError(f"{path} holds {array.dtype}; codes and labels are whole numbers")
     if shape is not None and array.shape != shape:

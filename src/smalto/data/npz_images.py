@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.errors import InputError, MissingFile
 
 IMAGES_KEY = "arr_0"
@@ -102,11 +103,8 @@ def npz_names(path: Path) -> set[str]:
     """
     if not path.is_file():
         raise MissingFile(f"no file {path}; check the path")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except Exception as error:  # foreign bytes in the hands of a library
-        raise InputError(f"{path} is no .npz file, or it was not written to its end: {error}") from error
+    with reading(f"{path} is no .npz file, or it was not written to its end"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def _numbers(path: Path, key: str) -> np.ndarray:
@@ -122,7 +120,7 @@ def _read(path: Path, key: str) -> np.ndarray:
     Raises:
         ValueError: damaged, or it claims another size than it has.
     """
-    try:
+    with reading(f"{path}: {key} cannot be read"):
         with zipfile.ZipFile(path) as archive:
             name = f"{key}.npy" if f"{key}.npy" in archive.namelist() else key
             info = archive.getinfo(name)
@@ -146,8 +144,6 @@ def _read(path: Path, key: str) -> np.ndarray:
             file.seek(info.header_offset)
             start = sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)), info.header_offset + _LOCAL_HEADER.size)
         return np.memmap(path, dtype=dtype, mode="r", shape=shape, offset=start + header, order=order)
-    except Exception as error:  # foreign bytes in the hands of two libraries
-        raise InputError(f"{path}: {key} cannot be read: {error or type(error).__name__}") from error
 
 
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype]]] = {

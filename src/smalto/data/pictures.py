@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError, features
 
+from smalto.data.foreign import reason
 from smalto.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -54,7 +55,7 @@ def open_picture(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise InputError(f"not a readable picture: damaged at its start, or none of {', '.join(formats)}") from None
     except Exception as error:  # Pillow's plugins raise all there is on damaged files
-        raise InputError(f"not a readable picture: {error or type(error).__name__}") from error
+        raise InputError(f"not a readable picture: {reason(error)}") from error
     if min(width, height) < 1:
         raise InputError(f"not a readable picture: it has {width}x{height} pixels")
     if width * height > MAX_PIXELS or needed > MAX_BYTES:

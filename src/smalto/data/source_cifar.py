@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.data.sources import ArraySource, Part
 from smalto.errors import InputError, MissingFile
 
@@ -79,15 +80,13 @@ def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
+    with reading(f"{path} is not a CIFAR-10 batch"):  # whatever foreign opcodes lead to
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels, labels = batch[b"data"], batch[b"labels"]
         images = (pixels.array() if isinstance(pixels, _Array) else np.asarray(pixels, np.uint8)).reshape(-1, 3, 32, 32)
         if len(images) != len(labels):
             raise InputError(f"it holds {len(images)} images and {len(labels)} labels")
         return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array([int(label) for label in labels], np.int64)
-    except Exception as error:  # whatever foreign opcodes lead to
-        raise InputError(f"{path} is not a CIFAR-10 batch: {error or type(error).__name__}") from error
 
 
 class _ArrayUnpickler(pickle._Unpickler):

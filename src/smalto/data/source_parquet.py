@@ -19,6 +19,7 @@ from smalto.data.annotations import (
     read_caption,
     read_labels,
 )
+from smalto.data.foreign import reading
 from smalto.data.patterns import expand_paths
 from smalto.data.sources import Record, Source
 from smalto.errors import InputError
@@ -74,10 +75,8 @@ class Parquet(Source):
 
         files = []
         for path in expand_paths(self._pattern, ".parquet"):
-            try:
+            with reading(f"{path} is not a whole Parquet file"):
                 files.append((path, pq.ParquetFile(path)))
-            except Exception as error:  # foreign bytes in the hands of a library
-                raise InputError(f"{path} is not a whole Parquet file: {error}") from error
         wanted = [self._image, self._label, self._caption, self._split, self._class_name]
         for path, file in files:
             missing = [c for c in wanted if c is not None and c not in file.schema_arrow.names]
@@ -105,10 +104,8 @@ class Parquet(Source):
         """A whole column, of all files."""
         values = []
         for path, file in self._files:
-            try:
+            with reading(f"{path}: column {name} cannot be read"):
                 values += file.read([name])[name].to_pylist()
-            except Exception as error:  # foreign bytes in the hands of a library
-                raise InputError(f"{path}: column {name} cannot be read: {error}") from error
         if len(values) != len(self):
             raise InputError(f"{self._pattern}: column {name} has {len(values)} values, there are {len(self)} rows")
         return values
@@ -226,9 +223,7 @@ class Parquet(Source):
                 self._groups.popitem(last=False)
             file, local, _ = self._layout[0][group]
             wanted = [c for c in (self._image, self._caption) if c is not None]
-            try:
+            with reading(f"row group {local} of {self._files[file][0]} cannot be read"):
                 table = self._files[file][1].read_row_group(local, columns=wanted)
                 self._groups[group] = {name: table[name].combine_chunks() for name in wanted}
-            except Exception as error:  # foreign bytes in the hands of a library
-                raise InputError(f"row group {local} of {self._files[file][0]} cannot be read: {error}") from error
         return self._groups[group]

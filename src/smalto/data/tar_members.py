@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from smalto.data.foreign import reason
 from smalto.errors import InputError
 
 _BLOCK = 512  # tar's unit: every header and every member starts at a multiple
@@ -119,9 +120,7 @@ def _any_members(path: Path, end: int, skipped: Counter[str]) -> list[Member]:
                 found[posixpath.normpath(member.name)] = member
                 members.append(member)
     except Exception as error:  # foreign bytes in the hands of a library
-        raise InputError(
-            f"{path} is not a plain tar file, or damaged ({error or type(error).__name__}); unpack .gz first"
-        ) from error
+        raise InputError(f"{path} is not a plain tar file, or damaged ({reason(error)}); unpack .gz first") from error
     return members
 
 

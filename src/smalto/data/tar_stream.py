@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from smalto.data.foreign import reason
 from smalto.data.patterns import expand_braces, expand_paths
 from smalto.data.pictures import MAX_FILE
 from smalto.data.tar_members import StrictTarInfo
@@ -138,7 +139,7 @@ def read_samples(url: str) -> Iterator[dict[str, bytes]]:
         except (InputError, StorageError, HTTPException):
             raise
         except Exception as error:  # foreign bytes in the hands of several libraries
-            raise StorageError(f"{url} is damaged: {error or type(error).__name__}") from error
+            raise StorageError(f"{url} is damaged: {reason(error)}") from error
 
 
 def _samples(stream: _Unpacked, url: str) -> Iterator[dict[str, bytes]]:

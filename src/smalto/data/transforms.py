@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
+from smalto.data.foreign import reading
 from smalto.data.pictures import open_picture, upright
 from smalto.errors import InputError
 
@@ -207,9 +208,5 @@ def decode_image(data: bytes) -> Image.Image:
         ValueError: the bytes are no picture of a format that is opened, are cut short, or are too many when decoded.
     """
     image = open_picture(data)
-    try:
+    with reading("not a readable picture"):
         return to_rgb(image)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's plugins raise all there is on damaged files
-        raise InputError(f"not a readable picture: {error or type(error).__name__}") from error
