@@ -141,6 +141,7 @@ def extract_codes(
     place = wanted_device(f"cuda:{Ranks().local_rank}" if device == "auto" and torch.cuda.is_available() else device)
     bf16 = use_bf16(precision, place)
     code_shape = [list(grid) for grid in tokenizer.code_shape]
+    dtype = code_dtype(tokenizer.codebook_size).__name__
     meta = read_meta(data, IMAGES)
     shard_size = -(-shard_size // block_size) * block_size
     names = crop_names(crops, ranges)
@@ -207,7 +208,7 @@ def extract_codes(
                     "tokenizer": {"path": str(tokenizer.path), "fingerprint": tokenizer.fingerprint},
                     "images": {"path": str(data), "sha256": images_sha256},
                     "text": None if text is None else {"path": str(text), "dim": text_dim(folder.path, splits)},
-                    "dtype": code_dtype(tokenizer.codebook_size).__name__,
+                    "dtype": dtype,
                     "smalto_version": __version__,
                 }
             )

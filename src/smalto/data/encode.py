@@ -141,7 +141,8 @@ def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, t
     try:
         image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
     except Exception as error:  # what a picture brings along, such as a colour profile, is stored too
-        raise InputError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {reason(error)}") from error
+        size = f"{image.width}x{image.height}"
+        raise InputError(f"{size} pixels do not fit into {recipe.encoding}: {reason(error)}") from error
     return buffer.getvalue(), (image.height, image.width)
 
 
