@@ -90,10 +90,35 @@ def stack_pixels(images: list[Image.Image]) -> np.ndarray:
 
 def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int, str]]:
     """Offset, size, label (-1: none) and key of every image of a shard, in order; ``encoding`` None: of any kind."""
+    found = _foreign_pairs(path) if encoding is None else _own_pairs(path, encoding)
+    with path.open("rb") as file:
+        return [
+            (image.offset, image.size, -1 if cls is None else _label(file.fileno(), cls, path), key)
+            for key, (image, cls) in found.items()
+        ]
+
+
+def _own_pairs(path: Path, encoding: str) -> dict[str, tuple[Member, Member | None]]:
+    """Image and label of each key of a shard that ``smalto`` wrote."""
+    images: dict[str, Member] = {}
+    labels: dict[str, Member] = {}
+    for member in tar_members(path):
+        key, suffix = split_key(member.name)
+        if suffix == encoding:
+            if key in images:
+                raise InputError(f"{path} holds two images with the key {key}; write the shard with unique keys")
+            images[key] = member
+        elif suffix == "cls":
+            labels[key] = member
+    return {key: (image, labels.get(key)) for key, image in images.items()}
+
+
+def _foreign_pairs(path: Path) -> dict[str, tuple[Member, Member | None]]:
+    """Image and label of each key of a shard of others; what is left out is told."""
     found: dict[str, dict[str, Member]] = {}
     skipped: Counter[str] = Counter()
     for member in tar_members(path, skipped):
-        place = record_key(member.name) if encoding is None else split_key(member.name)
+        place = record_key(member.name)
         if place is None:
             skipped["hidden or system"] += 1
             continue
@@ -102,28 +127,24 @@ def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int
             twice = f"two images with the key {key}" if is_image(suffix) else f"{member.name} twice"
             raise InputError(f"{path} holds {twice}; write the shard with unique keys")
         found[key][suffix] = member
-    images = []
-    with path.open("rb") as file:
-        for key, members in found.items():
-            parts = roles(key, members, path)
-            if parts is None:
-                skipped["keys without an image"] += 1
-                continue
-            label = -1
-            if parts.label is not None:
-                cls = members[parts.label]
-                label = _label(os.pread(file.fileno(), min(cls.size, _LABEL), cls.offset), f"{cls.name} in {path}")
-            member = members[parts.image]
-            images.append((member.offset, member.size, label, key))
+    pairs: dict[str, tuple[Member, Member | None]] = {}
+    for key, members in found.items():
+        parts = roles(key, members, path)
+        if parts is None:
+            skipped["keys without an image"] += 1
+        else:
+            pairs[key] = members[parts.image], None if parts.label is None else members[parts.label]
     if skipped:
         log.warning("%s: %s", path, told(skipped))
-    return images
+    return pairs
 
 
-def _label(text: bytes, place: str) -> int:
+def _label(file: int, cls: Member, path: Path) -> int:
     """A ``cls`` member as a number; -1: none, or said to be none."""
-    if text.strip() == b"-1":
-        return -1
+    text = os.pread(file, min(cls.size, _LABEL), cls.offset).strip()
+    if (text.isdigit() and len(text) < 10) or text == b"-1":
+        return int(text)
+    place = f"{cls.name} in {path}"
     try:
         label = read_labels([text.decode(errors="replace")], lambda _: place)[0]
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 import os
 import posixpath
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from smalto.data.foreign import reason
 from smalto.errors import InputError
 
 _BLOCK = 512  # tar's unit: every header and every member starts at a multiple
-_OCTAL = re.compile(rb"[0-7]+")
+_END = bytes(_BLOCK)
 _EXTENSION = 2**14  # bytes of an extension header: some versions of tarfile take quadratic time over them
 
 
@@ -75,20 +74,21 @@ def _plain_members(file: int, end: int, path: Path) -> list[Member] | None:
     while position + _BLOCK <= end:
         header = os.pread(file, _BLOCK, position)
         kind = header[156:157]
-        if header == bytes(_BLOCK):
-            return members
         if header[257:262] != b"ustar" or kind not in (b"0", b"\0", b"5"):
+            return members if header == _END else None
+        try:
+            size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+        except ValueError:
             return None
-        if not _OCTAL.fullmatch(header[124:135]) or not _OCTAL.fullmatch(header[148:154]):
+        if size < 0 or checksum != 256 + sum(header[:148]) + sum(header[156:]):
             return None
-        if int(header[148:154], 8) != 256 + sum(header[:148]) + sum(header[156:]):
-            return None
-        size = 0 if kind == b"5" else int(header[124:135], 8)
+        size = 0 if kind == b"5" else size
         offset = position + _BLOCK
         position = offset + -(-size // _BLOCK) * _BLOCK
         if offset + size > end:
             raise InputError(f"{path} ends inside a member; it was copied or written incompletely")
-        prefix, name = header[345:500].split(b"\0", 1)[0], header[:100].split(b"\0", 1)[0]
+        name = header[:100].partition(b"\0")[0]
+        prefix = header[345:500].partition(b"\0")[0] if header[345] else b""
         if kind != b"5" and not name.endswith(b"/"):
             whole = prefix + b"/" + name if prefix else name
             members.append(Member(whole.decode(errors="surrogateescape"), offset, size))
