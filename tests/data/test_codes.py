@@ -1,4 +1,5 @@
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -65,6 +66,21 @@ def module(path, **changes):
 @pytest.mark.parametrize(("size", "dtype"), [(2, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_the_smallest_type_that_holds_the_codebook(size, dtype):
     assert code_dtype(size).__name__ == dtype
+
+
+@pytest.mark.parametrize("size", [0, 2**32 + 1, 2**36])
+def test_a_codebook_that_no_stored_type_holds_is_refused(size):
+    assert np.iinfo(code_dtype(2**32)).max == 2**32 - 1
+    with pytest.raises(ValueError, match=f"codebook_size is {size}"):
+        code_dtype(size)
+
+
+def test_labels_outside_the_classes_are_told_before_training(tmp_path):
+    code_shards(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"num_classes": 4}))
+    with pytest.raises(ValueError, match=r"10 labels of train in .* are outside 0 to 3, the first is 4 of image 4"):
+        module(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

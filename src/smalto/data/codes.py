@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.data.annotations import check_range
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_uniform
 from smalto.data.shards import CODES, Member, ShardFiles, map_member, read_meta, tar_members
@@ -20,7 +21,13 @@ _CROP = 1  # stream number of the choice of crop
 
 
 def code_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Smallest stored type that holds every code."""
+    """Smallest stored type that holds every code.
+
+    Raises:
+        ValueError: no stored type does.
+    """
+    if not 0 < codebook_size <= 2**32:
+        raise InputError(f"codebook_size is {codebook_size}; codes are stored in 32 bits, it must be in 1..{2**32}")
     return np.uint16 if codebook_size <= 2**16 else np.uint32
 
 
@@ -203,6 +210,9 @@ class CodeShards(StatelessDataModule):
         if self._text_tokens is not None:
             self._texts = {split: TextReader(self.path, self.meta, split) for split in ("train", "val")}
         self._readers = {split: CodeReader(self.path, self.meta, split) for split in ("train", "val")}
+        if self._text_tokens is None and self.num_classes is not None:
+            for split, reader in self._readers.items():
+                check_range(reader.labels, self.num_classes, f"{split} in {self.path}")
         self.num_train, self.num_val = (len(self._readers[split]) for split in ("train", "val"))
 
     def fetch_train(self, epoch: int, indices: np.ndarray) -> dict[str, Tensor]:
