@@ -7,6 +7,7 @@ from torch import Tensor
 from smalto.models.gpt import GPT
 from smalto.sampling import packed
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
+from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.packed import packed_linear, resolve_dtype
 from smalto.types import SamplingConfig
@@ -198,6 +199,17 @@ def test_unknown_dtype_is_named_with_the_valid_ones():
             make()
     with pytest.raises(ValueError, match="on cuda"):
         resolve_dtype("fp16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16", "int8"])
+def test_the_recorded_dtype_is_the_one_that_computes(class_gpt, monkeypatch, dtype):
+    """On a processor with fp16 kernels and without bfloat16 in hardware, ``auto`` is fp16, but not for a compiler."""
+    monkeypatch.setattr(packed, "_has_amx", lambda: False)
+    for compiled, engine in (
+        (False, DecodeEngine(class_gpt, dtype=dtype, rows=2)),
+        (True, CompiledEngine(class_gpt, dtype=dtype)),
+    ):
+        assert EngineConfig(dtype=dtype, compile=compiled).computes_in(CPU) == engine.dtype != "auto"
 
 
 def test_a_model_in_training_decodes_like_one_that_is_not(make_gpt):

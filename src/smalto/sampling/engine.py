@@ -57,6 +57,14 @@ class EngineConfig:
         if self.decode not in PRECISIONS:
             raise InputError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
 
+    def computes_in(self, device: torch.device) -> str:
+        """The dtype the transformer really computes in on ``device``, never ``auto``; for records and comparisons.
+
+        Raises:
+            ValueError: ``fp16`` where there is no kernel for it.
+        """
+        return resolve_dtype(self.dtype, device, packed=not self.compile)
+
 
 class _Layer:
     """The packed weights of one block."""

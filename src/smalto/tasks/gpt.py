@@ -22,7 +22,6 @@ from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.memory import check_batch
-from smalto.sampling.packed import resolve_dtype
 from smalto.tasks.checkpoint import load_tokenizer, start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import ShardingPlan, build_sharded
@@ -241,7 +240,7 @@ class GPTTask(L.LightningModule):
         return decoder
 
     def _engine_dtype(self) -> str:
-        return resolve_dtype(self.engine.dtype, self.device, packed=not self.engine.compile)
+        return self.engine.computes_in(self.device)
 
     def _new_decoder(self, *, rows: int) -> DecodeEngine:
         net, dtype = self.net, self._engine_dtype()
