@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smalto.data.progress import progress
-from smalto.data.shards import CODES, IMAGES, META
+from smalto.data.shards import CODES, IMAGES, META, meta_problems
 
 FORMATS = (IMAGES, CODES)
 
@@ -28,8 +28,10 @@ def shard_problems(path: Path, meta: dict[str, Any], *, verify: bool) -> list[st
         meta: its meta.json.
         verify: read every byte and compare hashes; otherwise only names and sizes are compared.
     """
+    problems = [f"{META}: {problem}" for problem in meta_problems(meta)]
+    if problems:  # what it says of the shards cannot be compared with them
+        return problems
     shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
-    problems = []
     listed = {shard["name"] for shard in shards}
     problems += [f"{p.name} is there but not in {META}" for p in sorted(path.glob("*.tar")) if p.name not in listed]
     for shard in shards:
