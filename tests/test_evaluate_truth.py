@@ -102,8 +102,8 @@ def test_content_is_remembered_only_while_nothing_changes(tmp_path, monkeypatch)
         file.write_bytes(b"12345")
     first = content_hash(files, memory=memory)
     read = []
-    real = content._file_hash
-    monkeypatch.setattr(content, "_file_hash", lambda path, advance: read.append(path.name) or real(path, advance))
+    real = content.file_hash
+    monkeypatch.setattr(content, "file_hash", lambda path, advance: read.append(path.name) or real(path, advance))
     assert content_hash(files, memory=memory) == first
     assert read == []
     before = files[1].stat()
@@ -199,10 +199,11 @@ def test_two_identical_evaluations_make_one_table(tmp_path, real, fake):
     asked = (f"samples={fake}", f"reference={real}")
     expected = run(*asked)
     found, start = [], threading.Barrier(2)
+    config = compose("evaluate", [*QUICK, *asked, f"out={tmp_path / 'both.json'}"])
 
     def work():
         start.wait()
-        found.append(run(*asked, f"out={tmp_path / 'both.json'}"))
+        found.append(evaluate.run(config))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

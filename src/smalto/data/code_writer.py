@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from smalto.data.codes import add_code_block, code_dtype
+from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, Crops
 from smalto.data.output import PARTS, OutputFolder
 from smalto.data.progress import Advance, progress
@@ -149,11 +149,13 @@ class CodeWriter:
         parts = [self._part(split, number) for number in numbers]
         if name in self._folder.done or not all(part.exists() for part in parts):
             return
+        sums = []
         with TarShard(self._folder.path / name) as tar:
             for number, part in zip(numbers, parts, strict=True):
-                add_code_block(tar, number, np.load(part), labels[blocks[number]])
+                sums.append(add_code_block(tar, number, np.load(part), labels[blocks[number]]))
                 for kind in (TEXT, LENGTH) if self._text is not None else ():
                     tar.add(f"{number:06d}.{kind}", self._part(split, number, kind).read_bytes())
+            add_row_sums(tar, sums)
             record = tar.close()
         self._folder.record({**record, "num_images": sum(len(blocks[number]) for number in numbers)})
         for number, part in zip(numbers, parts, strict=True):

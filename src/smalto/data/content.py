@@ -34,7 +34,7 @@ def content_hash(paths: Sequence[Path], *, memory: Path | None = None) -> str:
         return known
     total = sum(size for *_, size, _, _ in seen)
     with progress("read", total=total, unit="bytes") as advance, ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(lambda path: _file_hash(path, advance), paths))
+        digests = list(pool.map(lambda path: file_hash(path, advance), paths))
     found = hashlib.sha256("".join(digests).encode()).hexdigest()
     newest = max((max(changed, moved) for *_, changed, moved in seen), default=0)
     if place is not None and newest < (began - SETTLED_SECONDS) * 1e9 and _seen(paths) == seen:
@@ -58,7 +58,8 @@ def _remembered(place: Path) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
-def _file_hash(path: Path, advance: Advance) -> str:
+def file_hash(path: Path, advance: Advance) -> str:
+    """SHA-256 of one file; ``advance`` learns of every byte."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while part := file.read(2**20):

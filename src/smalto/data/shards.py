@@ -6,6 +6,7 @@ after that an image, or the codes of one, is a single read at an offset in the t
 
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -133,7 +134,12 @@ def tar_members(path: str | Path) -> Iterator[Member]:
         size = os.fstat(file.fileno()).st_size
         if size < _BLOCK:
             raise InputError(f"{path} is not a tar file: it has {size} bytes")
-        yield from _walk_headers(file.fileno(), size, path)
+        try:
+            yield from _walk_headers(file.fileno(), size, path)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged, or not a plain tar file: {error}") from error
 
 
 def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
@@ -145,6 +151,8 @@ def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
         if header[257:262] != b"ustar":
             raise InputError(f"{path} is not a plain tar file (no header at byte {position}); unpack .gz first")
         size = int(header[124:136].rstrip(b"\0 ") or b"0", 8) if header[124] < 128 else int.from_bytes(header[125:136])
+        if size < 0:
+            raise InputError(f"{path} is damaged: the header at byte {position} states a size of {size}")
         offset, kind = position + _BLOCK, header[156:157]
         position = offset + -(-size // _BLOCK) * _BLOCK
         if offset + size > end:
@@ -212,9 +220,14 @@ def map_member(path: str | Path, member: Member) -> np.memmap:
     """
     with Path(path).open("rb") as file:
         file.seek(member.offset)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+        except Exception as error:  # a damaged header fails in ways that are nobody's list
+            raise InputError(f"{member.name} in {path} is no .npy array, or damaged: {error}") from error
         if fortran_order or dtype.hasobject:
             raise InputError(f"{member.name} in {path} is not a plain C-ordered array")
+        if file.tell() + math.prod(shape) * dtype.itemsize > member.offset + member.size or min(shape, default=0) < 0:
+            raise InputError(f"{member.name} in {path} states a shape of {shape}, which is more than the file holds")
         return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
