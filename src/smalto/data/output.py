@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from smalto.data.shards import META, VERSION
+from smalto.data.shards import META, VERSION, require_shards
 from smalto.errors import PathInUse, StorageError
 from smalto.files import FileLock, write_bytes, write_json
 
@@ -139,6 +139,7 @@ class OutputFolder:
             return False
         self._check_settings(plan, "holds finished data")
         self.finished = json.loads((self.path / META).read_text())
+        require_shards(self.path, self.finished)
         log.info("%s is complete already; overwrite=true would make it anew", self.path)
         return True
 
