@@ -1,4 +1,6 @@
 import hashlib
+import json
+import shutil
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from smalto.data.codes import CodeReader, CodeShards
 from smalto.data.encode import Recipe
 from smalto.data.images import ImageShards
+from smalto.data.npy_import import import_codes
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, read_meta
 from smalto.data.source_idx import FashionMnist
@@ -217,6 +220,48 @@ def test_wrong_settings_are_explained(images, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         extract(images, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [2**32 + 1, 2**36])
+def test_codes_beyond_what_can_be_stored_are_refused_before_anything_is_written(images, tmp_path, size):
+    with pytest.raises(ValueError, match=f"codebook_size is {size}"):
+        extract(images, tmp_path / "out", Stub(codebook_size=size), crops="center")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_outside_the_classes_are_refused_before_the_work(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    meta = json.loads((tmp_path / "in" / "meta.json").read_text())
+    (tmp_path / "in" / "meta.json").write_text(json.dumps(meta | {"num_classes": 9}))
+    before = Averages.calls
+    with pytest.raises(ValueError, match=r"labels of train in .* are outside 0 to 8, the first is 9"):
+        extract(tmp_path / "in", tmp_path / "out", crops="center")
+    assert Averages.calls == before
+
+
+def npy_codes(folder, codes, labels):
+    for kind, arrays in (("codes", codes), ("labels", labels)):
+        (folder / f"x_{kind}").mkdir(parents=True, exist_ok=True)
+        for number, array in enumerate(arrays):
+            np.save(folder / f"x_{kind}" / f"{number}.npy", array)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("code", "label", "words"),
+    [
+        (2**33 + 5, 0, f"codes from .* to {2**33 + 5}"),
+        (1.5, 0, "holds float64; codes and labels are whole numbers"),
+        (1, -1, "has the label -1; labels count from 0"),
+        (1, 2**40, f"has the label {2**40}"),
+        (1, 0.5, "x_labels/1.npy holds float64"),
+    ],
+)
+def test_codes_of_others_are_stored_as_they_are_or_refused(tmp_path, code, label, words):
+    codes = [np.ones((1, 1, GRID * GRID), np.int64), np.full((1, 1, GRID * GRID), code)]
+    folder = npy_codes(tmp_path / "in", codes, [np.array([0]), np.array([label])])
+    with pytest.raises(ValueError, match=words):
+        import_codes(Stub(), {"train": folder}, out=tmp_path / "out", block_size=4, shard_size=4, overwrite=False)
 
 
 def test_missing_images_say_what_to_run(tmp_path):

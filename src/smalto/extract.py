@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import __version__
+from smalto.data.annotations import check_range
 from smalto.data.code_writer import CodeWriter
 from smalto.data.codes import code_dtype
 from smalto.data.crops import CROPS, Crops, codes_summary, crop_names
@@ -140,6 +141,7 @@ def extract_codes(
     place = wanted_device(f"cuda:{Ranks().local_rank}" if device == "auto" and torch.cuda.is_available() else device)
     bf16 = use_bf16(precision, place)
     code_shape = [list(grid) for grid in tokenizer.code_shape]
+    dtype = code_dtype(tokenizer.codebook_size).__name__
     meta = read_meta(data, IMAGES)
     shard_size = -(-shard_size // block_size) * block_size
     names = crop_names(crops, ranges)
@@ -173,6 +175,9 @@ def extract_codes(
         if finished:
             return codes_summary(folder, "reused", names)
         readers = {split: ImageReader(data, meta, split) for split in meta["splits"]}
+        if meta["num_classes"] is not None:
+            for split, reader in readers.items():
+                check_range(reader.labels, meta["num_classes"], f"{split} in {data}")
         net = tokenizer.tokenizer.to(place)
         described |= _agreement(net, readers, size, ranges, CROPS[crops], place) if bf16 else {}
         writer = CodeWriter(
@@ -203,7 +208,7 @@ def extract_codes(
                     "tokenizer": {"path": str(tokenizer.path), "fingerprint": tokenizer.fingerprint},
                     "images": {"path": str(data), "sha256": images_sha256},
                     "text": None if text is None else {"path": str(text), "dim": text_dim(folder.path, splits)},
-                    "dtype": code_dtype(tokenizer.codebook_size).__name__,
+                    "dtype": dtype,
                     "smalto_version": __version__,
                 }
             )

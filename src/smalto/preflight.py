@@ -1,12 +1,16 @@
 """What a training needs from this machine, looked at in seconds: before models, databases and other processes."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smalto.data.shards import CODES, read_meta
 from smalto.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def preflight(plain: dict[str, Any]) -> None:
@@ -18,7 +22,7 @@ def preflight(plain: dict[str, Any]) -> None:
     Raises:
         ValueError: something is missing: for each what, the rule, and a command that helps.
     """
-    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain))]
+    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain), *classes(plain))]
     if problems:
         raise InputError("\n\n".join(problems))
 
@@ -76,6 +80,39 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     ):
         if plain[key] != "last" and missing(plain[key]) and not (begun and key == "init_from"):
             yield f"no checkpoint at {plain[key]} ({key})", rule, command
+
+
+def classes(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Labels of codes that the model has no classes for: on a GPU they end in an assertion without a line."""
+    data, known = plain["data"], ((plain.get("model") or {}).get("conditioner") or {}).get("num_classes")
+    if known is None or "codes" not in data["_target_"].lower() or data.get("condition", "label") != "label":
+        return
+    if data["_target_"].endswith("CodeShards"):
+        if missing(data["path"]):
+            return
+        found = read_meta(data["path"], CODES)["num_classes"]
+        what = f"the codes at {data['path']}"
+    else:
+        found, what = data.get("num_classes"), "the synthetic codes"
+    if found is None:
+        yield (
+            f"{what} have no labels",
+            f"the model draws images of {known} classes (model.conditioner.num_classes) and learns them from labels",
+            "smalto prepare the images with labels and extract them anew, or train with conditioner=text",
+        )
+    elif found > known:
+        yield (
+            f"{what} have {found} classes, model.conditioner.num_classes is {known}",
+            "every label needs a class of the model",
+            f"model.conditioner.num_classes={found}",
+        )
+    elif found <= known // 2 and data["_target_"].endswith("CodeShards"):
+        log.warning(
+            "%s have %d classes, model.conditioner.num_classes is %d: the others are never trained",
+            what,
+            found,
+            known,
+        )
 
 
 def missing(path: Any) -> bool:

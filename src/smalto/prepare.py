@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalto import __version__
 from smalto.data.encode import Recipe
+from smalto.data.folder_scan import told
 from smalto.data.image_writer import ImageWriter
-from smalto.data.output import OutputFolder
+from smalto.data.output import REJECTED, OutputFolder
 from smalto.data.pool import available_cpus
 from smalto.data.shards import IMAGES
 from smalto.data.sources import Source
@@ -29,6 +30,9 @@ DEFAULT_QUALITY = {"jpg": 95, "png": -1, "webp": 0}  # above, png and webp cost 
 def run(config: DictConfig) -> dict[str, Any]:
     """Prepare what ``config`` (conf/prepare.yaml) asks for; the summary of ``prepare_images``."""
     quality = DEFAULT_QUALITY.get(config.encoding, 0) if config.quality is None else config.quality
+    description: Any = OmegaConf.to_container(config.source, resolve=True)
+    if description.get("layout") == "auto":
+        del description["layout"]  # jobs from before there was such an option go on
     summary = prepare_images(
         build(config.source),
         out=config.out,
@@ -42,7 +46,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         workers=available_cpus() if config.workers is None else config.workers,
         max_rejected=config.max_rejected,
         overwrite=config.overwrite,
-        description=OmegaConf.to_container(config.source, resolve=True),
+        description=description,
         command=shlex.join(["smalto", "prepare", *(a for a in sys.argv[1:] if "=" in a)]),
     )
     record_summary(config, "prepare", summary)
@@ -113,6 +117,7 @@ def prepare_images(
             return _summary(folder, "reused")
         rng = np.random.default_rng(seed) if shuffle else None
         splits = plan_splits(source, split, val_fraction, limit, rng)
+        source.check()
         folder.check_listing(listing(source, splits))
         writer = ImageWriter(folder=folder, source=source, recipe=recipe, workers=workers, max_rejected=max_rejected)
         writer.write(splits, shard_size)
@@ -120,6 +125,7 @@ def prepare_images(
             {
                 "splits": writer.meta_splits(splits),
                 **writer.describe(list(source.classes)),
+                "skipped": _skipped(source, splits, limit),
                 "encoding": recipe.encoding,
                 "resize": {"mode": recipe.resize, "image_size": recipe.image_size},
                 "source": description,
@@ -130,11 +136,31 @@ def prepare_images(
         return _summary(folder, "written")
 
 
+def _skipped(source: Source, splits: dict[str, np.ndarray], limit: int | None) -> dict[str, int]:
+    """All that the source has and that is neither taken nor rejected, by kind."""
+    considered = len(source) if limit is None else min(limit, len(source))
+    more = {
+        "images beyond limit": len(source) - considered,
+        "images of a split that is not stored": considered - sum(map(len, splits.values())),
+    }
+    return {**source.skipped, **{kind: count for kind, count in more.items() if count}}
+
+
 def _summary(folder: OutputFolder, status: str) -> dict[str, Any]:
     meta = folder.finished
     assert meta is not None
     counts = {name: split["num_images"] for name, split in meta["splits"].items()}
-    log.info("%s: %s, %s images, %d rejected", folder.path, status, counts, meta["rejected"])
+    taken = ", ".join(f"{count} {name}" for name, count in counts.items())
+    log.info(
+        "%s: %s: %d images taken (%s), %d rejected%s, %s",
+        folder.path,
+        status,
+        sum(counts.values()),
+        taken,
+        meta["rejected"],
+        f" (named in {REJECTED})" if meta["rejected"] else "",
+        told(meta.get("skipped", {})),
+    )
     return {
         "out": str(folder.path),
         "status": status,

@@ -1,4 +1,5 @@
 import io
+import json
 import tarfile
 import zlib
 
@@ -71,6 +72,21 @@ def module(path, **changes):
 @pytest.mark.parametrize(("size", "dtype"), [(2, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_the_smallest_type_that_holds_the_codebook(size, dtype):
     assert code_dtype(size).__name__ == dtype
+
+
+@pytest.mark.parametrize("size", [0, 2**32 + 1, 2**36])
+def test_a_codebook_that_no_stored_type_holds_is_refused(size):
+    assert np.iinfo(code_dtype(2**32)).max == 2**32 - 1
+    with pytest.raises(ValueError, match=f"codebook_size is {size}"):
+        code_dtype(size)
+
+
+def test_labels_outside_the_classes_are_told_before_training(tmp_path):
+    code_shards(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"num_classes": 4}))
+    with pytest.raises(ValueError, match=r"10 labels of train in .* are outside 0 to 3, the first is 4 of image 4"):
+        module(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -213,7 +229,7 @@ def test_a_flipped_bit_is_seen_where_it_is_read(tmp_path, member, sums):
         return
     code_shards(tmp_path, sums=sums)
     read_all(tmp_path)
-    flip(tmp_path, member, 8 * 128 + 2)  # behind the .npy header
+    flip(tmp_path, member, 8 * 128)  # behind the .npy header
     with pytest.raises(InputError, match=r"(train-00001.tar is damaged|train-00001.tar has changed).*verify=false"):
         read_all(tmp_path)
     read_all(tmp_path, verify=False)
@@ -254,12 +270,6 @@ def test_shards_with_and_without_checksums_make_one_set(tmp_path):
     flip(new, "000005.codes.npy", 8 * 200)
     with pytest.raises(InputError, match=r"train-00001.tar is damaged"):
         read_all(new)
-
-
-def test_codes_that_no_stored_type_holds_are_refused():
-    assert code_dtype(2**32) is np.uint32
-    with pytest.raises(InputError, match=r"codebook_size is 68719476736, must be at most 2\^32"):
-        code_dtype(2**36)
 
 
 def resident_mib() -> float:

@@ -192,7 +192,7 @@ def test_damaged_headers_are_told_in_one_line(tmp_path):
     header = bytearray(whole)
     header[124:136] = b"-7777777777\0"
     file.write_bytes(header)
-    with pytest.raises(InputError, match="states a size of -"):
+    with pytest.raises(InputError, match="damaged"):
         list(tar_members(file))
 
 

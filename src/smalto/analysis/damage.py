@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from smalto.data.transforms import decode_image
 from smalto.errors import InputError
 
 
@@ -111,5 +112,4 @@ def duplicate(image: Tensor, *, share: float) -> Tensor:
 def _recoded(picture: Tensor, *, quality: int) -> Tensor:
     file = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality)
-    with Image.open(file) as decoded:
-        return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode_image(file.getvalue()))).permute(2, 0, 1)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.data.annotations import check_range
 from smalto.data.code_reader import CodeReader
 from smalto.data.health import require_unchanged
 from smalto.data.module import StatelessDataModule
@@ -25,10 +26,10 @@ def code_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
     """Smallest stored type that holds every code.
 
     Raises:
-        ValueError: no type that shards are stored in holds them.
+        ValueError: no stored type does.
     """
-    if codebook_size > 2**32:
-        raise InputError(f"codebook_size is {codebook_size}, must be at most 2^32: codes are stored in 16 or 32 bits")
+    if not 0 < codebook_size <= 2**32:
+        raise InputError(f"codebook_size is {codebook_size}; codes are stored in 32 bits, it must be in 1..{2**32}")
     return np.uint16 if codebook_size <= 2**16 else np.uint32
 
 
@@ -145,6 +146,9 @@ class CodeShards(StatelessDataModule):
         readers = {split: CodeReader(self.path, self.meta, split, verify=self._verify) for split in ("train", "val")}
         if self._verify:
             require_unchanged(self.path, [shard for reader in readers.values() for shard in reader.unverified])
+        if self._text_tokens is None and self.num_classes is not None:
+            for split, reader in readers.items():
+                check_range(reader.labels, self.num_classes, f"{split} in {self.path}")
         self._readers = readers
         self.num_train, self.num_val = (len(self._readers[split]) for split in ("train", "val"))
 

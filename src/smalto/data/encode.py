@@ -6,6 +6,8 @@ from typing import Literal
 
 from PIL import Image
 
+from smalto.data.foreign import reason
+from smalto.data.pictures import MAX_PIXELS, is_upright, open_picture
 from smalto.data.sources import Record
 from smalto.data.transforms import center_crop, decode_image, pad_to, resize_short_side, to_rgb
 from smalto.errors import InputError
@@ -13,8 +15,6 @@ from smalto.errors import InputError
 Resize = Literal["keep", "center_crop", "short_side", "pad"]
 Encoding = Literal["png", "jpg", "webp"]
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
-"""Of a resized image; Pillow's own limit for opening one without complaint."""
 _PILLOW_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 _RUNS_ONLY = {"compress_level": 1, "compress_type": 3}  # zlib's Z_RLE
@@ -26,9 +26,10 @@ class Recipe:
 
     What all recipes have in common: pictures become upright 8-bit RGB (``to_rgb`` says how grey, palette, transparent,
     CMYK and 16-bit ones do; of an animation the first frame counts). Small images are enlarged, down to a single
-    pixel, unless ``min_side`` leaves them out. Rejected are: damaged and truncated files, float pixels, more than
-    twice Pillow's limit of 89 million pixels, images so long and narrow that they would exceed that limit after
-    resizing, and sides beyond the encoding's (65,500 for jpg, 16,383 for webp).
+    pixel, unless ``min_side`` leaves them out. Rejected are: damaged and truncated files, formats that
+    ``smalto.data.pictures`` does not open, float pixels, more than 89 million pixels or 268 million bytes of them,
+    images so long and narrow that they would exceed that number of pixels after resizing, and sides beyond the
+    encoding's (65,500 for jpg, 16,383 for webp).
 
     Args:
         resize: ``keep`` the size; ``center_crop`` to a square (ADM); ``short_side`` to ``image_size``, aspect
@@ -139,14 +140,15 @@ def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, t
     }[recipe.encoding]
     try:
         image.save(buffer, _PILLOW_FORMAT[recipe.encoding], **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{image.width}x{image.height} pixels do not fit into {recipe.encoding}: {error}") from error
+    except Exception as error:  # what a picture brings along, such as a colour profile, is stored too
+        size = f"{image.width}x{image.height}"
+        raise InputError(f"{size} pixels do not fit into {recipe.encoding}: {reason(error)}") from error
     return buffer.getvalue(), (image.height, image.width)
 
 
 def _is_stored_form(data: bytes, recipe: Recipe) -> bool:
     """Whether a file may stay as it is: right format, plain RGB, upright. Saves JPEGs a second loss."""
-    with Image.open(io.BytesIO(data)) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
-        plain = image.mode == "RGB" and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
-        return image.format == _PILLOW_FORMAT[recipe.encoding] and plain and upright
+    image = open_picture(data)
+    if image.format != _PILLOW_FORMAT[recipe.encoding] or getattr(image, "n_frames", 1) != 1:
+        return False
+    return image.mode == "RGB" and "transparency" not in image.info and is_upright(image)

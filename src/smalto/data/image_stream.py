@@ -1,8 +1,7 @@
 """Endless batches of images out of tar shards, and their count into epochs."""
 
 import logging
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from typing import Any, Self
 
@@ -12,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from smalto.data.annotations import class_number, class_numbers, read_labels
+from smalto.data.pictures import check_file_size
 from smalto.data.reader import stack_pixels
-from smalto.data.shards import IMAGE_SUFFIXES
+from smalto.data.tar_records import roles
 from smalto.data.tar_stream import read_samples, shard_order, shuffled
 from smalto.data.transforms import decode_image
 from smalto.errors import InputError
@@ -39,7 +40,10 @@ class ImageStream(IterableDataset):
         max_skipped: float,
         rank: int,
         world_size: int,
+        num_classes: int | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
+        self._num_classes, self._numbers = num_classes, class_numbers(classes)
         self._urls, self._image_size, self._batch_size = urls, image_size, batch_size
         self._crop, self._flip_prob, self._buffer_size = crop, flip_prob, buffer_size
         self._seed, self._max_skipped = seed, max_skipped
@@ -73,17 +77,35 @@ class ImageStream(IterableDataset):
         """Encoded images with labels, -1 where there is none."""
         for number in order:
             url, found = self._urls[number], False
-            try:
-                for sample in read_samples(url):
-                    suffix = next((s for s in sample if f".{s}" in IMAGE_SUFFIXES), None)
-                    if suffix is not None:
-                        found = True
-                        yield sample[suffix], int(sample.get("cls", b"-1"))
-            except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError) as error:
-                self._skip(f"the rest of {url}: {error}")
-                continue
-            if not found:
-                self._skip(f"{url}: it holds no images")
+            samples = read_samples(url)
+            while True:
+                try:
+                    sample = next(samples, None)
+                except (OSError, HTTPException) as error:
+                    self._skip(f"the rest of {url}: {error}")
+                    break
+                if sample is None:
+                    if not found:
+                        self._skip(f"{url}: it holds no images")
+                    break
+                parts = roles("a key", sample, url)
+                if parts is None:
+                    continue
+                found = True
+                try:
+                    check_file_size(len(sample[parts.image]))
+                    label = -1 if parts.label is None else self._label(sample[parts.label])
+                except ValueError as error:
+                    self._skip(f"an image of {url}: {error}")
+                    continue
+                yield sample[parts.image], label
+
+    def _label(self, text: bytes) -> int:
+        label = read_labels([text.decode()], lambda _: "a cls member")[0]
+        number = class_number(label, self._numbers, "a cls member")
+        if number is not None and self._num_classes is not None and number >= self._num_classes:
+            raise InputError(f"the label is {number}, num_classes is {self._num_classes}")
+        return -1 if number is None else number
 
     def _skip(self, what: str) -> None:
         self._skipped += 1

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import groupby
@@ -95,8 +95,13 @@ class ImageWriter:
         largest = max((record["max_label"] for record in records), default=-1)
         if num_images == 0:
             raise InputError(
-                f"no image of the source could be used ({len(self._rejected)} rejected); check source.path"
+                f"no image of the source could be used ({len(self._rejected)} rejected"
+                + (f"; the first: {self._rejected[0]['name']}: {self._rejected[0]['reason']}" if self._rejected else "")
+                + "); check source.path"
             )
+        smallest = min((record.get("min_label", 0) for record in records if record["labelled"]), default=0)
+        if smallest < 0:
+            raise InputError(f"a label is {smallest}; labels count from 0: leave it empty where there is no label")
         if labelled not in (0, num_images):
             raise InputError(
                 f"{num_images - labelled} of {num_images} images have no label; give all of them "
@@ -108,13 +113,45 @@ class ImageWriter:
                 f"a label is {largest} but the source names {len(classes)} classes; correct source.classes"
             )
         sizes = {tuple(size) for record in records for size in record["sizes"]}
+        num_classes = (len(classes) or largest + 1) if labelled else None
+        self._tell_of_classes(num_classes or 0, classes)
         return {
-            "num_classes": (len(classes) or largest + 1) if labelled else None,
+            "num_classes": num_classes,
             "classes": classes,
             "captions": any(record["captions"] for record in records),
             "image_size": list(sizes.pop()) if len(sizes) == 1 else None,
             "rejected": len(self._rejected),
         }
+
+    def _tell_of_classes(self, num_classes: int, classes: list[str]) -> None:
+        """Warn of what is allowed and seldom meant."""
+        records = self._folder.done.values()
+        if num_classes and all("labels" in record for record in records):  # not in folders that an older version began
+            seen = {label for record in records for label in record["labels"]}
+            empty = [number for number in range(min(num_classes, 10**6)) if number not in seen]
+            if empty == [0] and not classes:
+                log.warning(
+                    "the labels run from 1 to %d: class 0 is empty, and there are %d classes; subtract 1 from the "
+                    "labels if that is not meant",
+                    num_classes - 1,
+                    num_classes,
+                )
+            elif empty:
+                shown = [f"{n} ({classes[n]})" if classes else str(n) for n in empty[:5]]
+                log.warning(
+                    "%d of %d classes have no images: %s%s",
+                    len(empty),
+                    num_classes,
+                    ", ".join(shown),
+                    ", ..." if len(empty) > 5 else "",
+                )
+        for name, count in Counter(classes).items():
+            if count > 1:
+                log.warning(
+                    "classes %s are all called %s: only their numbers tell them apart",
+                    ", ".join(str(number) for number, other in enumerate(classes) if other == name),
+                    name,
+                )
 
     def _encoded(self, todo: list[tuple[str, int, np.ndarray]]) -> Generator[tuple[str, list[Encoded]], None, None]:
         """Results in order, each with the name of its shard."""
@@ -166,6 +203,8 @@ class ImageWriter:
                 "num_images": len(labels),
                 "labelled": len(known),
                 "max_label": max(known, default=-1),
+                "min_label": min(known, default=0),
+                "labels": sorted(set(known)),
                 "captions": captions,
                 "sizes": sorted(sizes),
                 "rejected": self._rejected[before:],

@@ -64,11 +64,15 @@ class ResumableLoader:
                 "multiple of the number of processes"
             )
         needed = batch_size if shuffle else world_size
+        if num_samples < needed and shuffle:
+            raise InputError(
+                f"{num_samples} samples are too few: one training batch needs {needed}; lower batch_size or prepare "
+                "more data"
+            )
         if num_samples < needed:
             raise InputError(
-                f"{num_samples} samples are too few: one "
-                f"{'training batch' if shuffle else 'pass over the ranks'} "
-                f"needs {needed}; lower batch_size or prepare more data"
+                f"{num_samples} samples are too few: validation on {world_size} processes needs {needed}, one each; "
+                "prepare more (val_fraction), or use fewer devices"
             )
         self._num_samples, self._batch_size = num_samples, batch_size
         self._seed, self._shuffle = seed, shuffle

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from smalto import __version__
+from smalto.data.annotations import MAX_LABEL
 from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, KINDS, codes_summary, crop_names
+from smalto.data.foreign import reading
 from smalto.data.output import OutputFolder
 from smalto.data.progress import progress
 from smalto.data.shards import CODES
@@ -123,7 +125,8 @@ class NpyCodes:
         self._numbers = sorted(int(p.stem) for p in self._codes[0].glob("*.npy") if p.stem.isdigit())
         if not self._numbers:
             raise MissingFile(f"no NUMBER.npy in {self._codes[0]}")
-        first = np.load(self._codes[0] / f"{self._numbers[0]}.npy")
+        code_dtype(codebook_size)  # or it cannot be stored
+        first = _load(self._codes[0] / f"{self._numbers[0]}.npy", None)
         if first.ndim != 3 or first.shape[1] not in KINDS:
             raise InputError(f"{self._codes[0]} holds arrays of shape {first.shape}, must be (1, 1 or 2 or 10, tokens)")
         self.kind = KINDS[first.shape[1]]
@@ -146,6 +149,9 @@ class NpyCodes:
                 )
             rows.append(codes.astype(code_dtype(self._codebook_size)))
         labels = [_load(self._labels / f"{number}.npy", (1,))[0] for number in self._numbers[start:stop]]
+        for number, label in zip(self._numbers[start:stop], labels, strict=True):
+            if not 0 <= label <= MAX_LABEL:
+                raise InputError(f"image {number} in {self._labels} has the label {label}; labels count from 0")
         return np.stack(rows), np.array(labels, np.int64)
 
 
@@ -203,10 +209,14 @@ def _subfolders(path: Path) -> tuple[Path, Path]:
     return found[0][0], found[1][0]
 
 
-def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _load(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
+    """An array of whole numbers; ``shape`` None: any."""
     if not path.is_file():
         raise MissingFile(f"{path} is missing; every image needs its codes in each range, and a label")
-    array = np.load(path, allow_pickle=False)
-    if array.shape != shape:
+    with reading(f"{path} is not a whole .npy file"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may claim any size
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{path} holds {array.dtype}; codes and labels are whole numbers")
+    if shape is not None and array.shape != shape:
         raise InputError(f"{path} has shape {array.shape}, must be {shape} for this tokenizer")
-    return array
+    return np.array(array)

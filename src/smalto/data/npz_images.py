@@ -1,12 +1,17 @@
 """``.npz`` files in the layout of ADM's evaluator: images in place, statistics if there are any."""
 
+import math
+import os
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.errors import InputError, MissingFile
 
 IMAGES_KEY = "arr_0"
@@ -46,10 +51,7 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(
             f"{path} has no images: {IMAGES_KEY} is missing, it holds {', '.join(sorted(names)) or 'nothing'}"
         )
-    images = _mapped(path, IMAGES_KEY)
-    if images is None:
-        with np.load(path, allow_pickle=False) as file:
-            images = file[IMAGES_KEY]
+    images = _read(path, IMAGES_KEY)
     if images.dtype != np.uint8:
         bad = " with NaN or infinite pixels" if images.dtype.kind == "f" and not np.isfinite(images).all() else ""
         raise InputError(
@@ -57,10 +59,10 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         )
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise InputError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
-    with np.load(path, allow_pickle=False) as file:
-        for key in LABEL_KEYS:
-            if key in names and file[key].shape == (len(images),) and file[key].dtype.kind in "iu":
-                return images, file[key]
+    for key in LABEL_KEYS:
+        labels = _read(path, key) if key in names else None
+        if labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu":
+            return images, np.array(labels)
     return images, None
 
 
@@ -78,8 +80,7 @@ def read_npz_statistics(path: Path) -> NpzStatistics | None:
             f"{path} holds {', '.join(sorted(names & set(STATISTICS_KEYS)))}; statistics are mu and sigma, and mu_s "
             "with sigma_s for sFID"
         )
-    with np.load(path, allow_pickle=False) as file:
-        found = {key: np.asarray(file[key], dtype=np.float64) if key in names else None for key in STATISTICS_KEYS}
+    found = {key: _numbers(path, key) if key in names else None for key in STATISTICS_KEYS}
     for mean_key, cov_key in (("mu", "sigma"), ("mu_s", "sigma_s")):
         mean, cov = found[mean_key], found[cov_key]
         if mean is None or cov is None:
@@ -102,30 +103,52 @@ def npz_names(path: Path) -> set[str]:
     """
     if not path.is_file():
         raise MissingFile(f"no file {path}; check the path")
-    try:
+    with reading(f"{path} is no .npz file, or it was not written to its end"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def _numbers(path: Path, key: str) -> np.ndarray:
+    array = _read(path, key)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {key} is {array.dtype}; statistics are numbers")
+    return np.array(array, dtype=np.float64)
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    """An array: mapped where it lies uncompressed, else read whole.
+
+    Raises:
+        ValueError: damaged, or it claims another size than it has.
+    """
+    with reading(f"{path}: {key} cannot be read"):
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is no .npz file, or it was not written to its end: {error}") from error
+            name = f"{key}.npy" if f"{key}.npy" in archive.namelist() else key
+            info = archive.getinfo(name)
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version not in _HEADERS:
+                    raise InputError(f"its version of .npy is {version}")
+                shape, fortran, dtype = _HEADERS[version](member)
+                header = member.tell()
+                if dtype.hasobject:
+                    raise InputError("it holds Python objects")
+                count = math.prod(shape)
+                if info.file_size - header != count * dtype.itemsize:
+                    raise InputError(f"it claims {count} values of {dtype} and holds {info.file_size - header} bytes")
+                if info.file_size > max(_FREE, _GROWTH * os.path.getsize(path)):
+                    raise InputError(f"it unpacks to {info.file_size} bytes, more than {_GROWTH} times the file")
+                order: Literal["F", "C"] = "F" if fortran else "C"
+                if info.compress_type != zipfile.ZIP_STORED or not count:
+                    return np.frombuffer(member.read(), dtype, count).reshape(shape, order=order)
+        with path.open("rb") as file:
+            file.seek(info.header_offset)
+            start = sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)), info.header_offset + _LOCAL_HEADER.size)
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape, offset=start + header, order=order)
 
 
-def _mapped(path: Path, key: str) -> np.ndarray | None:
-    """An array in place; None when it is compressed or of a kind that cannot be mapped."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{key}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            return None
-        with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read:
-                return None
-            shape, fortran, dtype = read[version](member)
-            header = member.tell()
-    if dtype.hasobject or 0 in shape:
-        return None
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    start = info.header_offset + _LOCAL_HEADER.size + name + extra + header
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape, offset=start, order="F" if fortran else "C")
+_HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_GROWTH = 200
+_FREE = 2**28  # unpacked bytes before proportions count

@@ -1,10 +1,10 @@
 """Sets of finished images, as evaluation meets them: a folder, an ``.npz`` in ADM's layout, or image shards."""
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from smalto.data.content import content_hash
+from smalto.data.folder_scan import find_pictures, told
 from smalto.data.npz_images import npz_names, open_npz_images
 from smalto.data.patterns import is_foreign, scan_foreign
+from smalto.data.pictures import open_picture, read_picture_file
 from smalto.data.reader import ImageReader, stack_pixels
 from smalto.data.shards import IMAGES, META, read_meta
-from smalto.data.sources import Folder
 from smalto.data.transforms import center_crop, decode_image
 from smalto.errors import InputError, MissingFile
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
 INDEX_KEY = "index"
@@ -81,8 +84,10 @@ class FolderPictures(PictureSet):
 
     def __init__(self, path: Path, *, image_size: int | None) -> None:
         self.path, self._image_size = path, image_size
-        self._source = Folder(path=path)
-        self._names = [self._source.name(i) for i in range(len(self._source))]
+        found = find_pictures(path)
+        self._names = ["/".join(parts) for parts in found.files]
+        if found.skipped:
+            log.info("%s: %d images, %s", path, len(self._names), told(found.skipped))
         self._size = (image_size, image_size) if image_size else self._open(0).size
         self.settings = {"path": str(path), "image_size": image_size, "crop": "center" if image_size else "none"}
 
@@ -121,11 +126,11 @@ class FolderPictures(PictureSet):
         return np.asarray(image)
 
     def _open(self, index: int) -> Image.Image:
-        data = (self.path / self._names[index]).read_bytes()
         try:
-            with Image.open(BytesIO(data)) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise InputError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8-bit RGB")
+            data = read_picture_file(self.path / self._names[index])
+            mode = open_picture(data).mode
+            if mode.startswith(("I", "F")):
+                raise InputError(f"its pixels have more than 8 bits (mode {mode}); convert it to 8-bit RGB")
             return decode_image(data)
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path / self._names[index]}: {error}") from error

@@ -1,15 +1,23 @@
 """Images of one split by number: members located once, then one read and one decode each."""
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from smalto.data.shards import IMAGE_SUFFIXES, Member, ShardFiles, split_key, tar_members
+from smalto.data.annotations import read_labels
+from smalto.data.folder_scan import told
+from smalto.data.pictures import check_file_size
+from smalto.data.shards import Member, ShardFiles, split_key, tar_members
+from smalto.data.tar_records import is_image, record_key, roles
 from smalto.data.transforms import decode_image
 from smalto.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class ImageReader:
@@ -61,6 +69,7 @@ class ImageReader:
         """
         number, offset, size = map(int, self._places[index])
         try:
+            check_file_size(size)
             return decode_image(self._files.read(number, size, offset))
         except ValueError as error:
             raise InputError(f"image {index} in {self.paths[number]} is damaged: {error}") from error
@@ -81,16 +90,68 @@ def stack_pixels(images: list[Image.Image]) -> np.ndarray:
 
 def _locate_images(path: Path, encoding: str | None) -> list[tuple[int, int, int, str]]:
     """Offset, size, label (-1: none) and key of every image of a shard, in order; ``encoding`` None: of any kind."""
-    images: dict[str, Member] = {}
-    labels: dict[str, int] = {}
-    wanted = IMAGE_SUFFIXES if encoding is None else {f".{encoding}"}
+    found = _foreign_pairs(path) if encoding is None else _own_pairs(path, encoding)
     with path.open("rb") as file:
-        for member in tar_members(path):
-            key, suffix = split_key(member.name)
-            if f".{suffix}" in wanted:
-                if key in images:
-                    raise InputError(f"{path} holds two images with the key {key}; write the shard with unique keys")
-                images[key] = member
-            elif suffix == "cls":
-                labels[key] = int(os.pread(file.fileno(), member.size, member.offset))
-    return [(m.offset, m.size, labels.get(key, -1), key) for key, m in images.items()]
+        return [
+            (image.offset, image.size, -1 if cls is None else _label(file.fileno(), cls, path), key)
+            for key, (image, cls) in found.items()
+        ]
+
+
+def _own_pairs(path: Path, encoding: str) -> dict[str, tuple[Member, Member | None]]:
+    """Image and label of each key of a shard that ``smalto`` wrote."""
+    images: dict[str, Member] = {}
+    labels: dict[str, Member] = {}
+    for member in tar_members(path):
+        key, suffix = split_key(member.name)
+        if suffix == encoding:
+            if key in images:
+                raise InputError(f"{path} holds two images with the key {key}; write the shard with unique keys")
+            images[key] = member
+        elif suffix == "cls":
+            labels[key] = member
+    return {key: (image, labels.get(key)) for key, image in images.items()}
+
+
+def _foreign_pairs(path: Path) -> dict[str, tuple[Member, Member | None]]:
+    """Image and label of each key of a shard of others; what is left out is told."""
+    found: dict[str, dict[str, Member]] = {}
+    skipped: Counter[str] = Counter()
+    for member in tar_members(path, skipped):
+        place = record_key(member.name)
+        if place is None:
+            skipped["hidden or system"] += 1
+            continue
+        key, suffix = place
+        if suffix in found.setdefault(key, {}):
+            twice = f"two images with the key {key}" if is_image(suffix) else f"{member.name} twice"
+            raise InputError(f"{path} holds {twice}; write the shard with unique keys")
+        found[key][suffix] = member
+    pairs: dict[str, tuple[Member, Member | None]] = {}
+    for key, members in found.items():
+        parts = roles(key, members, path)
+        if parts is None:
+            skipped["keys without an image"] += 1
+        else:
+            pairs[key] = members[parts.image], None if parts.label is None else members[parts.label]
+    if skipped:
+        log.warning("%s: %s", path, told(skipped))
+    return pairs
+
+
+def _label(file: int, cls: Member, path: Path) -> int:
+    """A ``cls`` member as a number; -1: none, or said to be none."""
+    text = os.pread(file, min(cls.size, _LABEL), cls.offset).strip()
+    if (text.isdigit() and len(text) < 10) or text == b"-1":
+        return int(text)
+    place = f"{cls.name} in {path}"
+    try:
+        label = read_labels([text.decode(errors="replace")], lambda _: place)[0]
+    except ValueError as error:
+        raise InputError(f"{error}. smalto prepare source=tar counts and names what cannot be used") from error
+    if isinstance(label, str):
+        raise InputError(f"{place} is the word {label!r}; smalto prepare source=tar numbers words")
+    return -1 if label is None else label
+
+
+_LABEL = 1024  # bytes of a cls member that are looked at

@@ -12,11 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from smalto.data.tar_members import Member, tar_members
 from smalto.errors import InputError, MissingFile
+
+__all__ = ["Member", "tar_members"]
 
 IMAGES: Final = "smalto-images"
 CODES: Final = "smalto-codes"
@@ -24,21 +27,11 @@ VERSION = 1
 META = "meta.json"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.tar")
-_BLOCK = 512  # tar's unit: every header and every member starts at a multiple
-
 _MAKE = {
     IMAGES: "make it with: smalto prepare source=NAME out={path}",
     CODES: "make it with: smalto extract tokenizer_ckpt=CHECKPOINT data=IMAGE_SHARDS out={path}",
 }
 _KIND = {IMAGES: "image shards", CODES: "code shards"}
-
-
-class Member(NamedTuple):
-    """One file inside a tar."""
-
-    name: str
-    offset: int  # of the first content byte in the tar
-    size: int
 
 
 def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes"]) -> dict[str, Any]:
@@ -136,53 +129,6 @@ def split_key(name: str) -> tuple[str, str]:
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
-
-
-def tar_members(path: str | Path) -> Iterator[Member]:
-    """Regular files of an uncompressed tar in order, read from the headers alone.
-
-    Raises:
-        ValueError: compressed, cut short, or otherwise not a plain tar.
-    """
-    path = Path(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < _BLOCK:
-            raise InputError(f"{path} is not a tar file: it has {size} bytes")
-        try:
-            yield from _walk_headers(file.fileno(), size, path)
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is damaged, or not a plain tar file: {error}") from error
-
-
-def _walk_headers(file: int, end: int, path: Path) -> Iterator[Member]:
-    position, long_name = 0, None
-    while position + _BLOCK <= end:
-        header = os.pread(file, _BLOCK, position)
-        if header == bytes(_BLOCK):
-            return
-        if header[257:262] != b"ustar":
-            raise InputError(f"{path} is not a plain tar file (no header at byte {position}); unpack .gz first")
-        size = int(header[124:136].rstrip(b"\0 ") or b"0", 8) if header[124] < 128 else int.from_bytes(header[125:136])
-        if size < 0:
-            raise InputError(f"{path} is damaged: the header at byte {position} states a size of {size}")
-        offset, kind = position + _BLOCK, header[156:157]
-        position = offset + -(-size // _BLOCK) * _BLOCK
-        if offset + size > end:
-            raise InputError(f"{path} ends inside a member; it was copied or written incompletely")
-        if kind == b"L":  # GNU: the content is the name of the next member
-            long_name = os.pread(file, size, offset).rstrip(b"\0").decode()
-        elif kind == b"x":  # POSIX: the same as one of several records "length key=value"
-            found = re.search(rb"\d+ path=([^\n]+)\n", os.pread(file, size, offset))
-            long_name = found[1].decode() if found else None
-        elif kind in (b"0", b"\0"):
-            prefix = header[345:500].split(b"\0", 1)[0]
-            name = header[:100].split(b"\0", 1)[0]
-            yield Member(long_name or (prefix + b"/" + name if prefix else name).decode(), offset, size)
-            long_name = None
-    raise InputError(f"{path} ends without tar's end mark; it was copied or written incompletely")
 
 
 def read_member(path: str | Path, member: Member) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.data.sources import ArraySource, Part
 from smalto.errors import InputError, MissingFile
 
@@ -79,30 +80,59 @@ def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
+    with reading(f"{path} is not a CIFAR-10 batch"):  # whatever foreign opcodes lead to
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels, labels = batch[b"data"], batch[b"labels"]
-        images = np.asarray(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path} is not a CIFAR-10 batch: {error}") from error
-    return np.ascontiguousarray(images), np.asarray(labels, np.int64)
+        images = (pixels.array() if isinstance(pixels, _Array) else np.asarray(pixels, np.uint8)).reshape(-1, 3, 32, 32)
+        if len(images) != len(labels):
+            raise InputError(f"it holds {len(images)} images and {len(labels)} labels")
+        return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array([int(label) for label in labels], np.int64)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; a pickle that names anything else is refused, not run."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds plain containers and descriptions of arrays; a pickle that names anything else is refused, not run.
+
+    The one written in Python: that in C takes the memory for any number that a damaged file gives an object.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return _reconstruct
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
+        if (module, name) == ("numpy", "ndarray"):
+            return _Array
+        if (module, name) == ("numpy", "dtype"):
+            return _Dtype
         if (module, name) == ("_codecs", "encode"):  # how python 3 writes bytes in protocol 2
             return _encode_latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a batch of images does not need")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray:
-    return np.ndarray.__new__(kind, shape, dtype.decode() if isinstance(dtype, bytes) else dtype)
+class _Dtype:
+    """Stands for ``numpy.dtype``."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.decode("latin1") if isinstance(name, bytes) else name
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and alignment, which bytes have not got."""
+
+
+class _Array:
+    """Stands for ``numpy.ndarray``, until its bytes are looked at."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+    def array(self) -> np.ndarray:
+        """The bytes as numbers."""
+        if self.dtype.name not in ("u1", "|u1") or self.fortran:
+            raise InputError(f"its pixels are {self.dtype.name}, not bytes")
+        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
+        return np.frombuffer(data, np.uint8).reshape(self.shape)
+
+
+def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
+    return _Array()
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:

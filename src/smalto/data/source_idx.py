@@ -1,13 +1,17 @@
 """The MNIST family: IDX files, and Fashion-MNIST, part of which comes with smalto."""
 
 import gzip
+import math
+import os
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.annotations import given_names
 from smalto.data.sources import ArraySource, Part
 from smalto.errors import InputError, MissingFile
 
@@ -111,7 +115,7 @@ class Idx(ArraySource):
         val_labels: str | Path | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(classes or ())
+        super().__init__(given_names(classes or ()))
         if (val_images is None) != (val_labels is None):
             raise InputError("val_images and val_labels belong together; give both or none")
         self._files = [("images", None if val_images is None else "train", images, labels)]
@@ -129,17 +133,30 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         ValueError: not IDX of unsigned bytes, or cut short.
     """
-    data = path.read_bytes()
     try:
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        zeros, kind, dims = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{dims}I", data, 4)
-        if zeros != 0 or kind != 8:
-            raise InputError("not an IDX file of unsigned bytes")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (ValueError, struct.error, EOFError, OSError) as error:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            size = os.fstat(raw.fileno()).st_size * (_MOST_GZIP if packed else 1)
+            file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+            zeros, kind, dims = struct.unpack(">HBB", file.read(4))
+            if zeros != 0 or kind != 8 or not 1 <= dims <= 3:
+                raise InputError("not an IDX file of unsigned bytes")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            count = math.prod(shape)
+            if count > size:  # before so much memory is asked for
+                raise InputError(f"it claims {count} bytes")
+            data = file.read(count + 1)
+        if len(data) != count:
+            raise InputError(f"it holds {len(data)}{' or more' if len(data) > count else ''} bytes, not {count}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except FileNotFoundError as error:
+        raise MissingFile(f"no file {path}; check source.images and source.labels") from error
+    except (ValueError, struct.error, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path} is not a whole IDX file: {error}") from error
+
+
+_MOST_GZIP = 1032  # deflate makes no more of a byte
 
 
 def read_idx_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -2,15 +2,26 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from smalto.data.annotations import (
+    check_labels,
+    class_number,
+    class_numbers,
+    class_order,
+    given_names,
+    leading_split,
+    read_caption,
+    read_labels,
+)
+from smalto.data.foreign import reading
 from smalto.data.patterns import expand_paths
-from smalto.data.sources import Record, Source, class_number, leading_split
+from smalto.data.sources import Record, Source
 from smalto.errors import InputError
 
 
@@ -20,11 +31,11 @@ class Parquet(Source):
     Args:
         path: a file, a folder, or a pattern with braces and wildcards.
         image_column: bytes of an image file, or a struct with a field ``bytes``.
-        label_column: class number, or class name when ``classes`` is given or the file lists its class names;
-            None: no labels.
+        label_column: class numbers, or class names, which are numbered in the order of ``classes``, or of the class
+            names the file lists, or sorted; None: no labels.
         caption_column: a sentence; None: no captions.
         split_column: ``train``, ``val``, ``test``; None: the words ``train``, ``val``, ``validation`` or
-            ``test`` at the start of the file name, where all files have one.
+            ``test`` at the start of the file name.
         class_name_column: names of the classes beside their numbers; read to fill ``classes``. None: not
             read.
         classes: names in the order of the labels; None: from ``class_name_column`` or the file's own
@@ -53,15 +64,19 @@ class Parquet(Source):
         self._pattern = path
         self._image, self._label, self._caption = image_column, label_column, caption_column
         self._split, self._class_name = split_column, class_name_column
-        self._given_classes = classes
+        self._given_classes = None if classes is None else given_names(classes)
         self._window = window
+        self._more_captions = 0
         self._groups: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
     @cached_property
     def _files(self) -> list[Any]:
         import pyarrow.parquet as pq  # here, because only this source needs it
 
-        files = [(path, pq.ParquetFile(path)) for path in expand_paths(self._pattern, ".parquet")]
+        files = []
+        for path in expand_paths(self._pattern, ".parquet"):
+            with reading(f"{path} is not a whole Parquet file"):
+                files.append((path, pq.ParquetFile(path)))
         wanted = [self._image, self._label, self._caption, self._split, self._class_name]
         for path, file in files:
             missing = [c for c in wanted if c is not None and c not in file.schema_arrow.names]
@@ -85,29 +100,70 @@ class Parquet(Source):
                 sizes.append(file.metadata.row_group(group).num_rows)
         return groups, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
+    def _column(self, name: str) -> list[Any]:
+        """A whole column, of all files."""
+        values = []
+        for path, file in self._files:
+            with reading(f"{path}: column {name} cannot be read"):
+                values += file.read([name])[name].to_pylist()
+        if len(values) != len(self):
+            raise InputError(f"{self._pattern}: column {name} has {len(values)} values, there are {len(self)} rows")
+        return values
+
     @cached_property
     def _splits(self) -> list[str | None]:
         if self._split is not None:
-            return [s for _, file in self._files for s in file.read([self._split])[self._split].to_pylist()]
+            return self._column(self._split)
         words = [leading_split(path) for path, _ in self._files]
-        if None in words:
-            return [None] * len(self)
         return [w for w, (_, file) in zip(words, self._files, strict=True) for _ in range(file.metadata.num_rows)]
+
+    @cached_property
+    def _labels(self) -> list[int | str | None]:
+        if self._label is None:
+            return [None] * len(self)
+        return read_labels(self._column(self._label), self.name)
 
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Class names."""
         if self._given_classes is not None:
-            return list(self._given_classes)
+            return self._given_classes
         if self._class_name is not None and self._label is not None:
-            names: dict[int, str] = {}
-            for _, file in self._files:
-                table = file.read([self._label, self._class_name])
-                names.update(zip(table[self._label].to_pylist(), table[self._class_name].to_pylist(), strict=True))
-            return [names.get(number, str(number)) for number in range(max(names) + 1)]
+            return self._named_by_column(self._class_name)
         # the note that the datasets library leaves in the schema
-        note = json.loads((self._files[0][1].schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        return list(note.get("info", {}).get("features", {}).get(self._label, {}).get("names", []))
+        try:
+            note = json.loads((self._files[0][1].schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            names = note.get("info", {}).get("features", {}).get(self._label, {}).get("names", [])
+            listed = [str(name) for name in names or []]
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            listed = []  # a note of somebody else
+        return listed or class_order(label for label in self._labels if isinstance(label, str))
+
+    def _named_by_column(self, column: str) -> list[str]:
+        names: dict[int, str] = {}
+        for index, (number, name) in enumerate(zip(self._labels, self._column(column), strict=True)):
+            if number is None or name is None:
+                continue
+            if isinstance(number, str):
+                raise InputError(
+                    f"source.class_name_column={column} names the classes of numbers, {self._label} holds names: leave "
+                    "it out"
+                )
+            if names.setdefault(number, str(name)) != str(name):
+                raise InputError(
+                    f"{self.name(index)}: class {number} is {name!r} here and {names[number]!r} before; "
+                    f"source.class_name_column={column} must give each class one name"
+                )
+        return [names.get(number, str(number)) for number in range(max(names, default=-1) + 1)]
+
+    def check(self) -> None:
+        """See the base class."""
+        check_labels(self._labels, self.classes, self.name)
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Captions that were left out."""
+        return {"captions after the first of an image": self._more_captions} if self._more_captions else {}
 
     def __len__(self) -> int:
         return int(self._layout[1][-1])
@@ -138,18 +194,21 @@ class Parquet(Source):
             image = image.get("bytes")
         if not isinstance(image, bytes):
             raise InputError(f"column {self._image} holds no image bytes in this row")
-        label = None if self._label is None else columns[self._label][row].as_py()
+        caption, more = None, 0
+        if self._caption is not None:
+            caption, more = read_caption(columns[self._caption][row].as_py(), lambda: self.name(index))
+        self._more_captions += more
         return Record(
             image=image,
             name=self.name(index),
-            label=class_number(label, self._numbers, self._pattern),
-            caption=None if self._caption is None else columns[self._caption][row].as_py(),
+            label=class_number(self._labels[index], self._numbers, self._pattern),
+            caption=caption,
             split=self.split(index),
         )
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
+        return class_numbers(self.classes)
 
     def _locate(self, index: int) -> tuple[int, int, int, int]:
         """Row group overall, row inside it, file, row inside the file."""
@@ -163,7 +222,8 @@ class Parquet(Source):
             while len(self._groups) >= self._window:
                 self._groups.popitem(last=False)
             file, local, _ = self._layout[0][group]
-            wanted = [c for c in (self._image, self._label, self._caption) if c is not None]
-            table = self._files[file][1].read_row_group(local, columns=wanted)
-            self._groups[group] = {name: table[name].combine_chunks() for name in wanted}
+            wanted = [c for c in (self._image, self._caption) if c is not None]
+            with reading(f"row group {local} of {self._files[file][0]} cannot be read"):
+                table = self._files[file][1].read_row_group(local, columns=wanted)
+                self._groups[group] = {name: table[name].combine_chunks() for name in wanted}
         return self._groups[group]

@@ -1,22 +1,46 @@
 """Images in WebDataset shards, our own or others'."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from smalto.data.annotations import (
+    check_labels,
+    class_number,
+    class_numbers,
+    class_order,
+    given_names,
+    leading_split,
+    read_caption,
+    read_labels,
+)
 from smalto.data.patterns import expand_paths
-from smalto.data.shards import IMAGE_SUFFIXES, META, Member, read_member, split_key, tar_members
-from smalto.data.sources import Record, Source, as_int, class_number, leading_split
+from smalto.data.pictures import check_file_size
+from smalto.data.shards import META, Member, read_member, tar_members
+from smalto.data.sources import Record, Source
+from smalto.data.tar_records import Roles, record_key, roles
 from smalto.errors import InputError, MissingFile
+
+_TEXT = 2**20  # bytes of a label, a caption or a JSON object
+
+
+class _Entry(NamedTuple):
+    shard: Path
+    key: str
+    members: dict[str, Member]
+    roles: Roles
 
 
 class Tar(Source):
     """WebDataset shards (uncompressed tar), our own or others': members of one key are one record.
 
-    Reads the first image of a key, ``cls`` (a number), ``txt`` (a caption), and ``json`` with ``label`` and
-    ``caption``. The split is the word ``train``, ``val``, ``validation`` or ``test`` at the start of the
-    shard's name, where all shards have one.
+    Reads the image of a key, ``cls`` (a number or a name), ``txt`` (a caption), and ``json`` with ``label`` and
+    ``caption``. A key ends at the first dot of a name; one with several images is refused. The labels of all shards
+    are numbers, or names, which are numbered in sorted order. The split is the word ``train``, ``val``,
+    ``validation`` or ``test`` at the start of the shard's name.
 
     Args:
         path: a file, a folder, or a pattern such as ``data/train-{000..099}.tar``.
@@ -25,69 +49,137 @@ class Tar(Source):
 
     Raises:
         FileNotFoundError: ``path`` matches nothing.
-        ValueError: a shard is compressed or damaged.
+        ValueError: a shard is compressed or damaged, or a key has several images.
     """
 
     def __init__(self, *, path: str | Path, classes: Sequence[str] | None = None) -> None:
         self._pattern = path
-        self._given_classes = classes
+        self._given_classes = None if classes is None else given_names(classes)
+        self._skipped: Counter[str] = Counter()
 
     @cached_property
-    def _entries(self) -> list[tuple[Path, str, dict[str, Member]]]:
+    def _entries(self) -> list[_Entry]:
         entries = []
+        self._skipped.clear()
         for shard in expand_paths(self._pattern):
             found: dict[str, dict[str, Member]] = {}
-            for member in tar_members(shard):
-                key, suffix = split_key(member.name)
+            for member in tar_members(shard, self._skipped):
+                place = record_key(member.name)
+                if place is None:
+                    self._skipped["hidden or system"] += 1
+                    continue
+                key, suffix = place
                 if suffix in found.setdefault(key, {}):
                     raise InputError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
                 found[key][suffix] = member
-            entries += [(shard, key, members) for key, members in found.items() if _image_suffix(members)]
+            for key, members in found.items():
+                parts = roles(key, members, shard)
+                if parts is None:
+                    self._skipped["keys without an image"] += 1
+                else:
+                    entries.append(_Entry(shard, key, members, parts))
         if not entries:
             raise MissingFile(f"the tar files at {self._pattern} hold no images")
         return entries
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Members that are no record, by kind."""
+        assert self._entries is not None
+        return self._skipped
+
+    @cached_property
+    def _labels(self) -> tuple[list[int | str | None], dict[int, InputError]]:
+        """Label of each record as all shards say, and what keeps some from being read."""
+        raw: list[Any] = []
+        damaged: dict[int, InputError] = {}
+        for index, entry in enumerate(self._entries):
+            try:
+                raw.append(self._raw_label(entry))
+            except InputError as error:
+                raw.append(None)
+                damaged[index] = error
+        return read_labels(raw, self.name), damaged
+
+    def _raw_label(self, entry: _Entry) -> Any:
+        if entry.roles.label is not None:
+            return self._text(entry, entry.roles.label)
+        return self._notes(entry).get("label")
 
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Class names."""
         if self._given_classes is not None:
-            return list(self._given_classes)
-        meta = self._entries[0][0].parent / META
-        return list(json.loads(meta.read_text()).get("classes", [])) if meta.is_file() else []
+            return self._given_classes
+        meta = self._entries[0].shard.parent / META
+        if meta.is_file():
+            try:
+                return list(map(str, json.loads(meta.read_text()).get("classes", [])))
+            except (ValueError, AttributeError, TypeError) as error:
+                raise InputError(f"{meta} is not a smalto {META} ({error}); set source.classes, or move it") from error
+        return class_order(label for label in self._labels[0] if isinstance(label, str))
 
     @cached_property
-    def _has_splits(self) -> bool:
-        return all(leading_split(shard) for shard in {shard for shard, _, _ in self._entries})
+    def _numbers(self) -> dict[str, int]:
+        return class_numbers(self.classes)
+
+    def check(self) -> None:
+        """See the base class."""
+        labels, damaged = self._labels
+        sound = [index for index in range(len(labels)) if index not in damaged]
+        check_labels([labels[i] for i in sound], self.classes, lambda i: self.name(sound[i]))
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def name(self, index: int) -> str:
         """Shard and key."""
-        shard, key, _ = self._entries[index]
-        return f"{shard.name}/{key}"
+        entry = self._entries[index]
+        return f"{entry.shard.name}/{entry.key}"
 
     def split(self, index: int) -> str | None:
         """From the name of the shard."""
-        return leading_split(self._entries[index][0]) if self._has_splits else None
+        return leading_split(self._entries[index].shard)
 
     def __getitem__(self, index: int) -> Record:
-        shard, _, members = self._entries[index]
-        more = json.loads(read_member(shard, members["json"])) if "json" in members else {}
-        label, caption = more.get("label"), more.get("caption")
-        if "cls" in members:
-            label = read_member(shard, members["cls"]).decode().strip()
-        if "txt" in members:
-            caption = read_member(shard, members["txt"]).decode()
-        numbers = {name: number for number, name in enumerate(self.classes)}
+        entry = self._entries[index]
+        labels, damaged = self._labels
+        if index in damaged:
+            raise damaged[index]
+        caption = self._notes(entry).get("caption")
+        if entry.roles.caption is not None:
+            caption = self._text(entry, entry.roles.caption)
+        caption, more = read_caption(caption, lambda: self.name(index))
+        if more:
+            self._skipped["captions after the first of an image"] += more
+        image = entry.members[entry.roles.image]
+        check_file_size(image.size)
         return Record(
-            image=read_member(shard, members[_image_suffix(members)]),
+            image=read_member(entry.shard, image),
             name=self.name(index),
-            label=class_number(None if label is None else as_int(label), numbers, shard),
+            label=class_number(labels[index], self._numbers, entry.shard),
             caption=caption,
             split=self.split(index),
         )
 
+    def _text(self, entry: _Entry, suffix: str) -> str:
+        member = entry.members[suffix]
+        if member.size > _TEXT:
+            raise InputError(f"{member.name} has {member.size} bytes; a label, caption or JSON object has {_TEXT}")
+        try:
+            return read_member(entry.shard, member).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{member.name} is not UTF-8 text ({error})") from error
 
-def _image_suffix(members: Mapping[str, Member]) -> str:
-    return next((suffix for suffix in members if "." + suffix.rpartition(".")[2] in IMAGE_SUFFIXES), "")
+    def _notes(self, entry: _Entry) -> dict[str, Any]:
+        if entry.roles.notes is None:
+            return {}
+        try:
+            notes = json.loads(self._text(entry, entry.roles.notes))
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{entry.key}.{entry.roles.notes} is not JSON ({error})") from error
+        if not isinstance(notes, dict):
+            raise InputError(f"{entry.key}.{entry.roles.notes} is no JSON object with label or caption")
+        return notes

@@ -4,20 +4,31 @@ A source lists its records cheaply and reads one by number; it decides nothing e
 access, so ``smalto prepare`` can mix them.
 """
 
-import csv
-import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from smalto.data.shards import IMAGE_SUFFIXES
+from smalto.data.annotations import (
+    MAX_LABEL,
+    check_labels,
+    class_number,
+    class_numbers,
+    class_order,
+    given_names,
+)
+from smalto.data.folder_scan import Found, find_pictures, folders_are_splits
+from smalto.data.pictures import read_picture_file
+from smalto.data.tables import Row, read_rows
 from smalto.errors import InputError, MissingFile
+
+log = logging.getLogger(__name__)
 
 Part = tuple[str, str | None, np.ndarray, np.ndarray]
 """Name, split, images uint8 (N, H, W) or (N, H, W, 3), labels (N,)."""
@@ -67,6 +78,19 @@ class Source(ABC):
     def split(self, index: int) -> str | None:
         """``self[index].split`` without reading the image."""
 
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """What was found and is no record, counted by kind."""
+        return {}
+
+    def check(self) -> None:
+        """Look at all that is said of the records, before any image is read.
+
+        Raises:
+            ValueError: labels that no set of classes can have, or only for some.
+        """
+        return
+
     def order(self, rng: np.random.Generator) -> np.ndarray:
         """All record numbers, shuffled as well as the storage allows at full reading speed."""
         return rng.permutation(len(self))
@@ -87,7 +111,21 @@ class ArraySource(Source):
 
     @cached_property
     def _parts(self) -> list[Part]:
-        return self.load()
+        parts = self.load()
+        for name, _, images, labels in parts:
+            if 0 in images.shape[1:]:
+                raise InputError(f"{name} has images of {images.shape[1]}x{images.shape[2]} pixels")
+            outside = np.flatnonzero((labels < 0) | (labels >= (len(self.classes) or MAX_LABEL)))
+            if outside.size:
+                raise InputError(
+                    f"{name}/{outside[0]:06d} has the label {labels[outside[0]]}; labels count from 0, and there are "
+                    f"{len(self.classes)} classes: correct the file, or source.classes"
+                )
+        return parts
+
+    def check(self) -> None:
+        """See the base class."""
+        assert self._parts is not None
 
     def _locate(self, index: int) -> tuple[int, int]:
         for number, (_, _, images, _) in enumerate(self._parts):
@@ -122,121 +160,109 @@ class ArraySource(Source):
 class Folder(Source):
     """Image files under a folder: one subfolder per class, or a table that says what each file is.
 
+    Links are followed, also out of the folder: whoever places links there could place files. What a table says is
+    text that came with the images, so its paths must lead to files below ``path`` without ``..``. Hidden and system
+    names (``.cache``, ``__MACOSX``, ``@eaDir``, ...) and files of other kinds are left out and counted.
+
     Args:
-        path: the folder. Folders ``train`` and ``val`` (or ``test``) directly in it become the split.
-        metadata: table beside the images with a column ``path`` (relative to ``path``) and any of ``label``,
-            ``caption``, ``split``: ``.jsonl`` (one object a line) or ``.csv`` (with a header). Labels
-            are numbers, or names that are numbered in sorted order. None takes the class from the
-            subfolder; files directly in ``path`` then have no label.
-        classes: names in the order of the labels; None for those found, sorted.
+        path: the folder.
+        metadata: table beside the images with a column ``path`` or ``file_name`` (relative to ``path``) and any of
+            ``label``, ``caption``, ``split``: ``.jsonl`` (one object a line) or ``.csv`` (with a header; columns
+            separated by commas, semicolons or tabs). A column of labels is one of numbers, or of names, which are
+            numbered in sorted order. None takes the class from the subfolder; files directly in ``path`` then have no
+            label.
+        classes: names in the order of the labels; None for those found, sorted, as numbers where all are numbers.
+        layout: without a table, what the folders directly in ``path`` are: ``classes``; ``splits``, that is ``train``,
+            ``val`` or ``test``, or other usual words for them, in any case; or ``auto``: splits if one of them is
+            for training, and then a folder beside them that is none is refused.
 
     Raises:
         FileNotFoundError: no folder, no table, no images.
-        ValueError: a class outside ``classes``, or a table without ``path``.
+        ValueError: a class outside ``classes``, folders that may be both splits and classes, or a damaged table.
     """
 
     def __init__(
-        self, *, path: str | Path, metadata: str | Path | None = None, classes: Sequence[str] | None = None
+        self,
+        *,
+        path: str | Path,
+        metadata: str | Path | None = None,
+        classes: Sequence[str] | None = None,
+        layout: Literal["auto", "classes", "splits"] = "auto",
     ) -> None:
+        if layout not in ("auto", "classes", "splits"):
+            raise InputError(f"layout is {layout!r}; it must be auto, classes or splits")
+        if layout != "auto" and metadata is not None:
+            raise InputError(f"layout={layout} says what folders are, but with metadata the table does: leave one out")
         self._path = Path(path)
         self._metadata = None if metadata is None else self._path / metadata
-        self._given_classes = classes
+        self._given_classes = None if classes is None else given_names(classes)
+        self._layout = layout
 
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Class names."""
         if self._given_classes is not None:
-            return list(self._given_classes)
-        found = {row["label"] for row in self._rows if isinstance(row["label"], str)}
-        return sorted(found)
+            return self._given_classes
+        return class_order(row.label for row in self._rows if isinstance(row.label, str))
 
     @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
+    def _found(self) -> Found:
+        return find_pictures(self._path)
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        if self._metadata is None:
+            return self._from_folders()
         if not self._path.is_dir():
             raise MissingFile(f"no folder {self._path}; set source.path to the folder with the images")
-        rows = self._scan() if self._metadata is None else self._read_table(self._metadata)
+        rows, more = read_rows(self._metadata)
         if not rows:
-            raise MissingFile(
-                f"no images under {self._path}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
+            raise MissingFile(f"{self._metadata} has no rows; it must name the images below {self._path}")
+        if more:
+            log.warning("%s: %d images have several captions; the first of each is taken", self._metadata, more)
         return rows
 
-    def _scan(self) -> list[dict[str, Any]]:
+    def _from_folders(self) -> list[Row]:
+        splits = folders_are_splits(self._path, self._found.files, self._layout)
         rows = []
-        top = {p.name for p in self._path.iterdir() if p.is_dir()}
-        has_splits = "train" in top and top <= {"train", "val", "valid", "validation", "test"}
-        for file in sorted(self._path.rglob("*")):
-            if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
-                continue
-            parts = file.relative_to(self._path).parts
-            folders = parts[1:-1] if has_splits else parts[:-1]
-            rows.append(
-                {
-                    "path": "/".join(parts),
-                    "label": folders[0] if folders else None,
-                    "caption": None,
-                    "split": parts[0] if has_splits else None,
-                }
-            )
+        for parts in self._found.files:
+            folders = parts[1:-1] if splits else parts[:-1]
+            rows.append(Row("/".join(parts), folders[0] if folders else None, None, parts[0] if splits else None, 0))
+        empty = self._found.empty(2 if splits else 1)
+        if empty:
+            log.warning("%s: folders without images: %s", self._path, ", ".join(empty))
         return rows
 
-    def _read_table(self, path: Path) -> list[dict[str, Any]]:
-        if not path.is_file():
-            raise MissingFile(f"no table {path}; source.metadata is relative to source.path")
-        with path.open(newline="") as file:
-            lines: list[dict[str, Any]] = (
-                [json.loads(line) for line in file if line.strip()]
-                if path.suffix == ".jsonl"
-                else list(csv.DictReader(file))
-            )
-        if any(not line.get("path") for line in lines):
-            raise InputError(f"{path} has rows without path; each row needs the file's path below {self._path}")
-        rows = [{k: line.get(k) or None for k in ("path", "caption", "split")} for line in lines]
-        for row, line in zip(rows, lines, strict=True):
-            label = line.get("label")
-            row["label"] = None if label in (None, "") else as_int(label)
-        return rows
+    def check(self) -> None:
+        """See the base class."""
+        check_labels([row.label for row in self._rows], self.classes, self.name)
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """What lies in the folder and is no record, by kind; with a table nothing is looked for."""
+        return self._found.skipped if self._metadata is None else {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def name(self, index: int) -> str:
         """Path below the folder."""
-        return self._rows[index]["path"]
+        return self._rows[index].path
 
     def split(self, index: int) -> str | None:
         """From the top folder or the table."""
-        return self._rows[index]["split"]
+        return self._rows[index].split
 
     def __getitem__(self, index: int) -> Record:
         row = self._rows[index]
         return Record(
-            image=(self._path / row["path"]).read_bytes(),
-            name=row["path"],
-            label=class_number(row["label"], self._numbers, self._path),
-            caption=row["caption"],
-            split=row["split"],
+            image=read_picture_file(self._path / row.path),
+            name=row.path,
+            label=class_number(row.label, self._numbers, self._path),
+            caption=row.caption,
+            split=row.split,
         )
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
-
-
-def leading_split(path: Path) -> str | None:
-    """The split a file name begins with: ``train``, ``val`` (also ``validation``), ``test``, or None."""
-    return next((word for word in ("train", "val", "test") if path.name.lower().startswith(word)), None)
-
-
-def as_int(label: Any) -> int | str:
-    """Labels of text files: a number where it is one."""
-    return int(label) if str(label).lstrip("-").isdigit() else str(label)
-
-
-def class_number(label: Any, numbers: Mapping[str, int], where: object) -> int | None:
-    """Label as a number; names are looked up in ``numbers``."""
-    if not isinstance(label, str):
-        return None if label is None else int(label)
-    if label not in numbers:
-        raise InputError(f"class {label!r} in {where} is not among source.classes ({len(numbers)} names)")
-    return numbers[label]
+        return class_numbers(self.classes)

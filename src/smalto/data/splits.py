@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.annotations import SPLITS, split_word
 from smalto.data.sources import Source
 from smalto.errors import InputError
 
@@ -23,16 +24,29 @@ def plan_splits(
     are added.
 
     Raises:
-        ValueError: ``split=source`` and a record has none.
+        ValueError: a word that is no split, or records without one among records with one: a split that is drawn
+            anew would put held-out images into training.
     """
     order = np.arange(len(source)) if rng is None else source.order(rng)
-    own = [source.split(int(index)) for index in order]
-    if split == "source" and None in own:
-        name = source.name(int(order[own.index(None)]))
-        raise InputError(f"split=source, but {name} belongs to no split; use split=hash with val_fraction")
-    if split == "source" or (split == "auto" and own and None not in own):
-        held_out = "val" if "val" in map(_plain_split, own) else "test"
-        sides = [{"train": "train", held_out: "val"}.get(_plain_split(s) or "") for s in own]
+    own = [None] * len(order) if split == "hash" else [source.split(int(index)) for index in order]
+    missing = [i for i, word in enumerate(own) if word is None or not str(word).strip()]
+    if missing and (split == "source" or len(missing) < len(own)):
+        name = source.name(int(order[min(missing, key=lambda i: order[i])]))
+        raise InputError(
+            f"split={split}, but {name} belongs to no split ({len(missing)} of {len(own)} records do not); give it "
+            "one, or use split=hash with val_fraction for all"
+        )
+    if own and not missing:
+        words = [split_word(word) for word in own]
+        if None in words:
+            unknown = sorted({str(word) for word, known in zip(own, words, strict=True) if known is None})
+            name = source.name(int(order[words.index(None)]))
+            raise InputError(
+                f"{', '.join(map(repr, unknown[:5]))}: no split is called so ({name}); use {', '.join(SPLITS)}, or "
+                "split=hash with val_fraction"
+            )
+        held_out = "val" if "val" in words else "test"
+        sides = [{"train": "train", held_out: "val"}.get(word or "") for word in words]
     else:
         bound = val_fraction * 2.0**64
         sides = ["val" if _hash(source.name(int(i))) < bound else "train" for i in order]
@@ -40,12 +54,8 @@ def plan_splits(
     return {name: order[kept == name] for name in ("train", "val") if (kept == name).any()}
 
 
-def _plain_split(name: str | None) -> str | None:
-    return "val" if name in ("valid", "validation", "dev") else name
-
-
 def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8])
 
 
 def listing(source: Source, splits: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -53,5 +63,5 @@ def listing(source: Source, splits: dict[str, np.ndarray]) -> dict[str, Any]:
     names = hashlib.sha256()
     for order in splits.values():
         for index in order:
-            names.update(source.name(int(index)).encode() + b"\0")
+            names.update(source.name(int(index)).encode(errors="surrogateescape") + b"\0")
     return {"records": {name: len(order) for name, order in splits.items()}, "sha256": names.hexdigest()}

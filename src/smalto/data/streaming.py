@@ -39,7 +39,7 @@ class StreamedImages(LightningDataModule):
         num_workers: processes that read and decode; 0: this one.
         seed: of order and augmentation.
         max_skipped: share of unreadable images and shards that is tolerated.
-        num_classes: of the labels (members ``.cls``); None where there are none.
+        num_classes: of the labels (members ``.cls``, numbers or words of ``classes``); None where there are none.
         classes: their names; may be empty.
         val_path: folder of image shards whose validation images are used, all of them; None: no validation.
         val_batch_size: global; None: as ``batch_size``.
@@ -100,6 +100,8 @@ class StreamedImages(LightningDataModule):
             "buffer_size": buffer_size,
             "seed": seed,
             "max_skipped": max_skipped,
+            "num_classes": num_classes,
+            "classes": self.classes,
         }
         self._val: ImageShards | None = None
         if val_path is not None:

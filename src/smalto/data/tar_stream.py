@@ -1,22 +1,29 @@
 """Samples out of tar shards as they come: local files, web addresses, output of commands."""
 
+import bz2
+import gzip
+import io
+import lzma
 import subprocess
 import tarfile
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from smalto.data.foreign import reason
 from smalto.data.patterns import expand_braces, expand_paths
-from smalto.data.shards import split_key
+from smalto.data.pictures import MAX_FILE
+from smalto.data.tar_members import StrictTarInfo
+from smalto.data.tar_records import is_image, record_key, roles
 from smalto.errors import InputError, StorageError
 
 T = TypeVar("T")
 
-_BLOCK = 512  # tar's unit
 TIMEOUT = 60  # seconds without a byte from a server
 _PASS = 3  # keeps the order of shards apart from other random numbers
 
@@ -66,53 +73,102 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-class _Tail:
-    """A stream that remembers how it began and ended: tarfile takes one cut between members for a whole one."""
+class _Unpacked:
+    """A stream as it is, or unpacked if it is compressed: then it may not grow beyond all proportion."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._head = self._tail = b""
+        self._stream, self._head = stream, stream.read(len(_XZ))
+        self.packed = self.unpacked = 0
+        opener = next((opener for mark, opener in _OPENERS.items() if self._head.startswith(mark)), None)
+        self._source: Any = None if opener is None else opener(_Reader(self._raw))
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._head = self._head or data[:_BLOCK]
-        self._tail = (self._tail + data)[-_BLOCK:]
+    def _raw(self, size: int = -1) -> bytes:
+        cut = len(self._head) if size < 0 else size
+        data, self._head = self._head[:cut], self._head[cut:]
+        data += self._stream.read(size if size < 0 else size - len(data))
+        self.packed += len(data)
         return data
 
-    def is_cut(self) -> bool:
-        """Whether this is a plain tar without its end mark; compressed ones notice themselves."""
-        return self._head[257:262] == b"ustar" and self._tail.strip(b"\0") != b""
+    def read(self, size: int = -1) -> bytes:
+        """As of any stream."""
+        if self._source is None:
+            return self._raw(size)
+        data = self._source.read(size)
+        self.unpacked += len(data)
+        if self.unpacked > max(_FREE, _GROWTH * self.packed):
+            raise StorageError(f"{self.packed} bytes unpack to more than {_GROWTH} times as many; pictures do not")
+        return data
+
+
+class _Reader(io.RawIOBase):
+    """What the decompressors want: a function that reads, as a file."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._read(size)
+
+
+_XZ = b"\xfd7zXZ\0"
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    _XZ: lzma.LZMAFile,
+}
+_GROWTH = 200
+_FREE = 2**26  # unpacked bytes before proportions count
 
 
 def read_samples(url: str) -> Iterator[dict[str, bytes]]:
     """Samples of a shard, plain or compressed: ``{suffix: content}``; members of one key follow each other.
 
+    Of a sample come its image and what else this package reads (``cls``, ``txt``, ``json``); hidden and system files
+    are no samples.
+
     Raises:
-        OSError: not readable to its end.
-        tarfile.TarError: damaged.
+        OSError: not readable to its end, or damaged.
+        ValueError: a key has several images, or one member twice.
     """
     with open_shard(url) as stream:
-        yield from _samples(_Tail(stream), url)
+        try:
+            yield from _samples(_Unpacked(stream), url)
+        except (InputError, StorageError, HTTPException):
+            raise
+        except Exception as error:  # foreign bytes in the hands of several libraries
+            raise StorageError(f"{url} is damaged: {reason(error)}") from error
 
 
-def _samples(stream: _Tail, url: str) -> Iterator[dict[str, bytes]]:
+def _samples(stream: _Unpacked, url: str) -> Iterator[dict[str, bytes]]:
     sample: dict[str, bytes] = {}
     last = None
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar:  # type: ignore[call-overload]
+        position = -1
         for member in tar:
-            if not member.isfile():
+            if member.offset <= position or member.size < 0:
+                raise StorageError(f"{url}: a header claims a negative size")
+            position = member.offset
+            place = record_key(member.name)
+            if place is None or not member.isreg() or member.issparse():
                 continue
-            key, suffix = split_key(member.name)
+            key, suffix = place
             if key != last and sample:
+                roles(last or "", sample, url)
                 yield sample
                 sample = {}
             last = key
-            content = tar.extractfile(member)
-            assert content is not None
-            sample[suffix] = content.read()
-    if stream.is_cut():
-        raise StorageError(f"{url} ends without tar's end mark")
+            if suffix in sample:
+                raise InputError(f"{url} holds {member.name} twice; write it with unique keys, or leave it out")
+            if is_image(suffix) or suffix.rpartition(".")[2] in ("cls", "txt", "json"):
+                content = tar.extractfile(member)
+                assert content is not None
+                sample[suffix] = content.read(MAX_FILE + 1)
+            tar.members = []  # else it remembers them all
     if sample:
+        roles(last or "", sample, url)
         yield sample
 
 

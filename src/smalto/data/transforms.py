@@ -4,15 +4,15 @@ Worker processes of ``smalto prepare`` import this module, so it does not import
 methods along).
 """
 
-import io
 import math
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from smalto.data.foreign import reading
+from smalto.data.pictures import open_picture, upright
 from smalto.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,40 +164,49 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: float pixels, whose range nothing states.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
         raise InputError("the image holds float pixels of unknown range; convert it to 8 or 16 bit first")
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        # premultiplied modes convert to RGB only by way of their plain partner
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+_STRIP = 2**20  # pixels that are converted together: all of a large picture would take many times its size
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values in [0, 65535], clipped to it, to uint8."""
+    result = np.empty(grey.shape, np.uint8)
+    rows = max(1, _STRIP // grey.shape[1])
+    for top in range(0, len(grey), rows):
+        part = np.clip(grey[top : top + rows].astype(np.int64), 0, 65535)
+        result[top : top + rows] = (part * 255 + 32767) // 65535
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        # premultiplied modes convert to RGB only by way of their plain partner
+        strip = strip.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 def decode_image(data: bytes) -> Image.Image:
     """An encoded picture to upright 8-bit RGB, decoded completely.
 
     Raises:
-        ValueError: the bytes are no picture, are cut short, or claim an absurd size.
+        ValueError: the bytes are no picture of a format that is opened, are cut short, or are too many when decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+    image = open_picture(data)
+    with reading("not a readable picture"):
         return to_rgb(image)
-    # Pillow's plugins raise all of these on damaged files
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        OverflowError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(f"not a readable picture: {error}") from error

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from smalto.data.transforms import decode_image
 from smalto.files import replacing
 
 
@@ -34,7 +35,7 @@ class PictureFolder:
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (B, H, W, 3)."""
-        return np.stack([np.asarray(Image.open(self.file(i)).convert("RGB")) for i in indices])
+        return np.stack([np.asarray(decode_image(self.file(i).read_bytes())) for i in indices])
 
 
 def pack_npz(

@@ -1,0 +1,157 @@
+"""All picture files below a folder: what is taken, what is left out and why."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smalto.data.annotations import split_word
+from smalto.data.shards import IMAGE_SUFFIXES
+from smalto.errors import InputError, MissingFile
+
+SYSTEM = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+"""Names that systems leave among files, in lower case; names that begin with a dot count as hidden."""
+
+
+@dataclass
+class Found:
+    """What lies below a folder.
+
+    Args:
+        files: pictures as the parts of their paths, sorted.
+        folders: all that were looked into, in the same form.
+        skipped: what was left out, counted by kind.
+    """
+
+    files: list[tuple[str, ...]] = field(default_factory=list)
+    folders: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def empty(self, depth: int) -> list[str]:
+        """Folders ``depth`` below the top without a picture in or below them."""
+        full = {file[:depth] for file in self.files}
+        return sorted("/".join(f) for f in self.folders if len(f) == depth and f not in full)
+
+
+def find_pictures(root: Path) -> Found:
+    """The picture files below ``root``, by their suffixes.
+
+    Links are followed wherever they lead: who can place them in a folder may place files there as well. A folder is
+    read once, also when several links lead to it, so links in a circle end.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+    """
+    if not root.is_dir():
+        raise MissingFile(f"no folder {root}; set source.path to the folder with the images")
+    found = Found()
+    known = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
+    links = _walk(root, (), found, known)
+    while links:
+        prefix = links.pop(0)
+        folder = root.joinpath(*prefix)
+        if _identity(folder) in known:
+            found.skipped[_AGAIN] += 1
+        else:
+            known.add(_identity(folder))
+            links = sorted([*links, *_walk(folder, prefix, found, known)])
+    if not found.files:
+        raise MissingFile(
+            f"no images under {root}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}; "
+            f"{told(found.skipped)}"
+        )
+    found.files.sort()
+    return found
+
+
+def folders_are_splits(path: Path, files: Sequence[tuple[str, ...]], layout: str) -> bool:
+    """Whether the top folders of ``files`` are splits rather than classes.
+
+    Raises:
+        ValueError: it cannot be told: splits beside other folders or files, or no training among them.
+    """
+    tops = sorted({parts[0] for parts in files if len(parts) > 1})
+    splits = {top: split_word(top) for top in tops if split_word(top)}
+    if layout == "classes" or (layout == "auto" and not splits):
+        return False
+    others = [f"the folder {top}" for top in tops if top not in splits] + [p[0] for p in files if len(p) == 1]
+    if layout == "auto" and "train" not in splits.values() and others:
+        return False
+    told_apart = (
+        "source.layout=splits, or source.layout=classes if all of them are classes, and move away what is neither"
+    )
+    if others:
+        raise InputError(
+            f"{path} has {', '.join(splits) or 'no split'} and beside it {', '.join(others[:5])}"
+            f"{', ...' if len(others) > 5 else ''}: splits and something else; set {told_apart}"
+        )
+    if layout == "auto" and "train" not in splits.values():
+        raise InputError(
+            f"{path} has {', '.join(splits)} and no folder for training; set source.path to one of them, or "
+            f"{told_apart}"
+        )
+    return True
+
+
+def is_hidden(parts: Iterable[str]) -> bool:
+    """Whether a path leads through a hidden or system name."""
+    return any((part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM for part in parts)
+
+
+def kind(name: str) -> str:
+    """By what a file that is no picture is counted."""
+    return Path(name).suffix.lower() or "without suffix"
+
+
+def told(skipped: Mapping[str, int]) -> str:
+    """``3 skipped (2 .txt, 1 hidden)``."""
+    parts = ", ".join(f"{count} {name}" for name, count in sorted(skipped.items()))
+    return f"{sum(skipped.values())} skipped" + (f" ({parts})" if parts else "")
+
+
+def _walk(top: Path, prefix: tuple[str, ...], found: Found, known: set[tuple[int, int]]) -> list[tuple[str, ...]]:
+    """Enter what is below ``top``; the links to folders that were met, sorted."""
+    links = []
+    todo = [(top, prefix)]
+    while todo:
+        folder, parts = todo.pop()
+        if parts:
+            found.folders.append(parts)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            found.skipped["unreadable folders"] += 1
+            continue
+        for entry in entries:
+            place = (*parts, entry.name)
+            if is_hidden((entry.name,)):
+                found.skipped["hidden or system"] += 1
+            elif not _is_folder(entry):
+                if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                    found.files.append(place)
+                else:
+                    found.skipped[kind(entry.name)] += 1
+            elif entry.is_symlink():
+                links.append(place)
+            elif _identity(Path(entry.path)) in known:  # below a link that leads above a folder
+                found.skipped[_AGAIN] += 1
+            else:
+                known.add(_identity(Path(entry.path)))
+                todo.append((Path(entry.path), place))
+    return sorted(links)
+
+
+_AGAIN = "folders that are read already"
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

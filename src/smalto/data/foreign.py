@@ -1,0 +1,26 @@
+"""Bytes from outside in the hands of libraries, which raise all there is when they are damaged."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smalto.errors import InputError, UserError
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Make one line of whatever goes wrong while ``what`` is read; our own messages stay.
+
+    Raises:
+        ValueError: it went wrong.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, also where it has no text or many lines."""
+    return " ".join(str(error).split()) or type(error).__name__
