@@ -1,6 +1,7 @@
 """Packed codes in place: any rows of one split, verified as they are read."""
 
 import os
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,8 @@ class CodeReader:
         block = np.searchsorted(self._first, indices, side="right") - 1
         size = self._num_tokens * self._dtype.itemsize
         offsets = self._offset[block] + ((indices - self._first[block]) * self._num_crops + crops) * size
-        files = [self._files.descriptor(number) for number in range(len(self._files.paths))]
-        places = zip(self._shard[block].tolist(), offsets.tolist(), strict=True)
-        rows = b"".join([os.pread(files[shard], size, offset) for shard, offset in places])
+        files = np.array([self._files.descriptor(number) for number in range(len(self._files.paths))])
+        rows = b"".join(map(os.pread, files[self._shard[block]].tolist(), repeat(size), offsets.tolist()))
         if len(rows) != size * len(indices):
             raise InputError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
         if self._sums is not None:
