@@ -1,12 +1,14 @@
 """What a converted file is for: sampling, measuring, extracting; at the paper's evaluation size too."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from official_files import saved, tiny_gpt, tiny_text_gpt, tiny_tokenizer
 from smalto import convert, evaluate, extract, sample
@@ -18,6 +20,7 @@ from smalto.data.source_idx import FashionMnist
 from smalto.data.transforms import to_float
 from smalto.prepare import prepare_images
 from smalto.runtime import compose
+from smalto.sampling.engine import EngineConfig
 from smalto.tasks.checkpoint import load_tokenizer
 
 LITE = ["features=lite0", "features.size=32", "mlflow=false", "device=cpu", "perceptual=none"]
@@ -138,6 +141,64 @@ def test_sample_and_measure_a_generator(home, generator, images):
     assert (home / "later/cfg_scale3.npz").exists(), "measured before, but not saved there"
     with pytest.raises(FileExistsError, match="is in use"):
         measured(generator, f"reference={images}", "num_samples=10", f"save={home / 'saved'}")
+
+
+def png_and_pack(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images as files in the order of their numbers, and as packed, brought to that order."""
+    files = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+    packed = np.load(folder.parent / f"{folder.name}.npz")
+    return files, packed["arr_0"][np.argsort(packed["index"])]
+
+
+def test_every_setting_has_its_own_images(home, generator, images):
+    """``cfg_scale1.5`` has no suffix ``.5``; numbers that differ late are different settings too."""
+    save = home / "settings"
+    asked = [f"reference={images}", "num_samples=6", f"out={home / 'settings.json'}"]
+    grid = ["guidance_scales=[1.0,1.5]", "top_ps=[0.9,0.95,0.9500001]"]
+    values = measured(generator, *asked, *grid, f"save={save}")
+    assert len([name for name in values if "/fid_" in name]) == 6
+    names = [f"cfg_scale{scale}-top_p{p}" for scale in ("1", "1.5") for p in ("0.9", "0.95", "0.9500001")]
+    assert sorted(file.stem if file.suffix == ".npz" else file.name for file in save.glob("cfg*")) == sorted(2 * names)
+    for name in names:
+        files, packed = png_and_pack(save / name)
+        assert np.array_equal(files, packed)
+    different = {png_and_pack(save / name)[1].tobytes() for name in names[::2]}
+    assert len(different) > 1, "each holds the images of its own setting"
+
+
+def test_fewer_images_replace_more(home, generator, images):
+    save, more = home / "replaced", [f"reference={images}", f"out={home / 'replaced.json'}"]
+    measured(generator, *more, "num_samples=8", f"save={save}")
+    before, _ = png_and_pack(save / "samples")
+    (save / "samples/notes.txt").write_text("not an image of smalto")
+    measured(generator, *more, "num_samples=5", "seed=1", f"save={save}", "overwrite=true")
+    files, packed = png_and_pack(save / "samples")
+    assert len(files) == len(packed) == 5
+    assert np.array_equal(files, packed)
+    assert not np.array_equal(files, before[:5])
+    assert (save / "samples/notes.txt").exists(), "foreign files stay"
+    measured(generator, *more, "num_samples=5", "seed=1", f"save={save}")  # measured already, saved already
+    with pytest.raises(FileExistsError, match="is in use"):
+        measured(generator, *more, "num_samples=8", f"save={save}")
+
+
+def test_a_table_says_what_computed_and_is_of_these_weights(home, generator, images):
+    changing = home / "changing.ckpt"
+    changing.write_bytes(generator.read_bytes())
+    asked = [f"reference={images}", "num_samples=6", f"out={home / 'changing.json'}"]
+    first = measured(changing, *asked)
+    protocol = json.loads((home / "changing.json").read_text())["protocol"]
+    assert protocol["decoding"] == EngineConfig().computes_in(torch.device("cpu"))
+    assert protocol["decoding"] != "auto"
+    before = changing.stat()
+    checkpoint = torch.load(changing, weights_only=True)
+    with torch.no_grad():
+        for name, tensor in checkpoint["state_dict"].items():
+            if name.startswith("net.") and tensor.is_floating_point():
+                tensor.copy_(tensor.flip(0))
+    torch.save(checkpoint, changing)
+    os.utime(changing, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert measured(changing, *asked) != first
 
 
 def test_samples_as_shards_are_a_data_set_and_go_on_after_a_kill(home, generator, monkeypatch):

@@ -1,26 +1,27 @@
 """``smalto evaluate``: a checkpoint or images to a table of metrics, on screen, as JSON and in MLflow."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
-from smalto.data.picture_sets import open_pictures
+from smalto.data.picture_sets import PictureSet, open_pictures
 from smalto.data.ranks import Ranks
 from smalto.data.transforms import to_pixels
-from smalto.errors import InputError, PathInUse
+from smalto.errors import InputError
 from smalto.evaluation.generator import SampleRows, measure_generator
-from smalto.evaluation.pairs import from_sets, from_tokenizer, measure_pairs
+from smalto.evaluation.pairs import from_sets, from_tokenizer, match, measure_pairs
 from smalto.evaluation.references import describe, find_reference
 from smalto.evaluation.report import Measured, flat, show
 from smalto.evaluation.samples import from_pictures, settings_grid
+from smalto.evaluation.saved import SavedPictures
 from smalto.evaluation_job import Job, code_shards, decoder, reference_images, requested
-from smalto.files import write_json
+from smalto.evaluation_start import Networks, begin, computes, identity, is_reference_alone
+from smalto.files import FileLock, write_json
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reconstruction import ReconstructionMetrics
 from smalto.metrics.reference import Reference
@@ -28,10 +29,7 @@ from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
 from smalto.runtime import build, hydra_main, record
-from smalto.sampling.packed import resolve_dtype
-from smalto.sampling.writer import PictureFolder, pack_npz
 from smalto.tasks.checkpoint import load_task
-from smalto.tokenizers.precision import use_bf16
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +51,22 @@ def run(config: DictConfig) -> dict[str, float]:
     loaded = None
     if config.ckpt is not None:
         loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema, verify=config.verify)
-    with Ranks() as ranks:
+    with Ranks() as ranks, ExitStack() as stack:
         job = Job(config, ranks, loaded, requested(config))
-        known = json.loads(job.out.read_text()) if job.out.exists() else {}
-        saved = job.save is None or job.save.exists()  # a table kept earlier has no images to give
-        if known.get("requested") == job.requested and saved and not config.overwrite:
+        networks = Networks(config, job)
+        job.requested["measured"] = ranks.decide(partial(identity, job, networks))
+        saved = None if job.save is None else SavedPictures(job.save, job.key, first=ranks.first)
+        lock = FileLock(job.out.with_name(f"{job.out.name}.lock"))
+        stack.callback(lock.release)
+        known = ranks.decide(partial(begin, job, saved, lock))
+        if known is not None:
             rows = [Measured.from_plain(row) for row in known["rows"]]
             log.info("measured already, the table is from %s (overwrite=true measures again)", job.out)
         else:
-            claim_save(job)
-            ranks.wait()  # nobody looks for what is there after the first has written
-            rows = measure(job)
+            rows = measure(job, networks, saved)
             known = {"protocol": job.protocol}
             if ranks.first:
-                keep(job, rows)
+                keep(job, rows, saved)
         if ranks.first:
             show(rows, known["protocol"])
     return flat(rows)
@@ -85,6 +85,10 @@ def check(config: DictConfig) -> None:
         problems.append("kind is for samples=; a checkpoint says itself what it is")
     if config.protocol.labels not in ("balanced", "random"):
         problems.append(f"protocol.labels is {config.protocol.labels!r}, must be balanced or random")
+    if config.pairing not in ("name", "order"):
+        problems.append(f"pairing is {config.pairing!r}, must be name or order")
+    if config.save is not None and config.ckpt is None:
+        problems.append("save is for ckpt=: it keeps the images a checkpoint makes; samples are files already")
     if config.reference_split not in ("train", "val"):
         problems.append(f"reference_split is {config.reference_split!r}, must be train or val")
     if config.batch_size < 1:
@@ -93,6 +97,7 @@ def check(config: DictConfig) -> None:
         problems.append(f"num_samples is {config.num_samples}, every count must be at least 2")
     if problems:
         raise InputError("; ".join(problems))
+    build(config.protocol.rules)  # says itself what is wrong
 
 
 def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
@@ -103,27 +108,14 @@ def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
     return sorted(wanted) if isinstance(wanted, ListConfig) else [wanted]
 
 
-def claim_save(job: Job) -> None:
-    """Refuse to write images among others; what this very evaluation left when it was interrupted is its own."""
-    save = job.save
-    if save is None or job.config.overwrite or job.part_dir.exists():
-        return
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise PathInUse(f"save={save} is in use; give a new folder, or overwrite=true to write into it")
-    job.part_dir.mkdir(parents=True, exist_ok=True)
-
-
-def measure(job: Job) -> list[Measured]:
+def measure(job: Job, networks: Networks, saved: SavedPictures | None) -> list[Measured]:
     """All rows; other ranks than the first may get none."""
-    config, loaded = job.config, job.loaded
-    features: FeatureExtractor = build(config.features).to(job.device)
+    config, loaded, features = job.config, job.loaded, networks.features
     job.protocol |= {"protocol": config.protocol.name, "features": features.name}
     if loaded is not None:
         loaded.task.to(job.device)
         loaded.task.engine = build(config.engine)
-        job.protocol["pictures"] = "bf16" if use_bf16(config.engine.decode, job.device) else "fp32"
-        if loaded.kind == "gpt":
-            job.protocol["decoding"] = resolve_dtype(config.engine.dtype, job.device)
+        job.protocol |= computes(job)
         size, rounding = config.protocol.eval_size, config.protocol.rounding
         loaded.task.to_pixels = partial(to_pixels, size=size, rounding=rounding)
         job.protocol |= {"ckpt": str(config.ckpt), "step": loaded.step, "ema": config.ema, "rounding": rounding}
@@ -145,28 +137,29 @@ def measure(job: Job) -> list[Measured]:
         world_size=job.ranks.world_size,
     )
     job.protocol |= describe(reference)
-    if loaded is None and config.samples is None:
+    if is_reference_alone(job):
         return [Measured(Scores(values={"reference_images": float(reference.gaussian.n or 0)}))]
     if job.kind == "reconstruction":
-        return [Measured(measure_reconstructions(job, reference, features, path, size))]
-    return measure_generation(job, reference, features)
+        originals = open_pictures(path, image_size=size, split=config.reference_split)
+        return [Measured(measure_reconstructions(job, reference, networks, originals, saved))]
+    return measure_generation(job, reference, features, saved)
 
 
 def measure_reconstructions(
-    job: Job, reference: Reference, features: FeatureExtractor, path: Path, size: int | None
+    job: Job, reference: Reference, networks: Networks, originals: PictureSet, saved: SavedPictures | None
 ) -> Scores:
     """PSNR, SSIM, LPIPS, rFID and codebook usage of a tokenizer, or of two sets that belong together."""
     config, loaded = job.config, job.loaded
-    originals = open_pictures(path, image_size=size, split=config.reference_split)
     count = min(config.reference_limit or len(originals), len(originals))
-    pairs = (
-        from_sets(originals, open_pictures(config.samples, image_size=config.image_size, split=None))
-        if loaded is None
-        else from_tokenizer(loaded.task, originals)
-    )
-    perceptual = build(config.perceptual)().to(job.device).eval() if config.perceptual else None
+    if loaded is None:
+        rebuilt = open_pictures(config.samples, image_size=config.image_size, split=None)
+        _, job.protocol["pairs"] = match(originals, rebuilt, pairing=config.pairing)
+        pairs = from_sets(originals, rebuilt, pairing=config.pairing)
+    else:
+        pairs = from_tokenizer(loaded.task, originals)
+    perceptual = networks.perceptual
     metrics = ReconstructionMetrics(
-        features=features,
+        features=networks.features,
         perceptual=perceptual,
         perceptual_name=getattr(perceptual, "name", "lpips"),
         codebook_size=None if loaded is None else loaded.task.codebook_size,
@@ -181,11 +174,13 @@ def measure_reconstructions(
         part_file=job.part_dir / "pairs",
         batch_size=config.batch_size,
         ranks=job.ranks,
-        keep=None if job.save is None or loaded is None else pair_writer(job.save),
+        keep=None if saved is None else pair_writer(saved, count),
     )
 
 
-def measure_generation(job: Job, reference: Reference, features: FeatureExtractor) -> list[Measured]:
+def measure_generation(
+    job: Job, reference: Reference, features: FeatureExtractor, saved: SavedPictures | None
+) -> list[Measured]:
     """FID, sFID, IS, KID, precision, recall and more of a generator, or of images made elsewhere."""
     config, loaded = job.config, job.loaded
     rules: Rules = build(config.protocol.rules)
@@ -223,7 +218,7 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
         part_dir=job.part_dir,
         batch_size=config.batch_size,
         ranks=job.ranks,
-        save=None if loaded is None else job.save,
+        save=saved,
     )
     if loaded is None:
         return rows.measure(from_pictures(pictures), settings={})
@@ -243,12 +238,10 @@ def measure_generation(job: Job, reference: Reference, features: FeatureExtracto
     )
 
 
-def keep(job: Job, rows: list[Measured]) -> None:
+def keep(job: Job, rows: list[Measured], saved: SavedPictures | None) -> None:
     """JSON, the measured images packed, one MLflow run per row, and an end to what was put aside."""
-    if job.save is not None and job.save.is_dir():
-        for folder in sorted(path for path in job.save.iterdir() if path.is_dir()):
-            pack_npz(PictureFolder(folder), len(list(folder.glob("*.png"))), folder.with_suffix(".npz"))
-    job.out.parent.mkdir(parents=True, exist_ok=True)
+    if saved is not None:
+        saved.finish()
     plain = {"metrics": flat(rows), "rows": [row.plain() for row in rows]}
     write_json(job.out, plain | {"protocol": job.protocol, "requested": job.requested})
     for row in rows:
@@ -259,9 +252,9 @@ def keep(job: Job, rows: list[Measured]) -> None:
     log.info("written to %s", job.out)
 
 
-def pair_writer(save: Path) -> Callable[[range, Tensor, Tensor], None]:
+def pair_writer(saved: SavedPictures, count: int) -> Callable[[range, Tensor, Tensor], None]:
     """Write originals and reconstructions side by side."""
-    originals, reconstructions = (PictureFolder(save / name) for name in ("originals", "reconstructions"))
+    originals, reconstructions = (saved.folder(name, count) for name in ("originals", "reconstructions"))
 
     def write(indices: range, image: Tensor, rebuilt: Tensor) -> None:
         originals.write(indices, image)

@@ -107,13 +107,11 @@ def reference_images(job: Job) -> tuple[Path, int | None]:
 
 
 def requested(config: DictConfig) -> dict[str, Any]:
-    """What decides the numbers: all settings, and sizes and times of the files that are measured."""
+    """All settings that decide the numbers; what is in the files they name is added by `smalto.evaluate`."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save", "verify"):
         plain.pop(key)
-    files = [Path(path) for path in (config.ckpt, config.samples, config.reference) if path is not None]
-    stats = [path.stat() if path.exists() else None for path in files]
-    return plain | {"files": [[stat.st_size, stat.st_mtime_ns] if stat else None for stat in stats]}
+    return plain
 
 
 def decoder(loaded: LoadedTask) -> Any:

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
-"""Where a run computes may differ too: checkpoints fit every strategy, on any number of processes."""
+PLACEMENT |= {"data.verify"}
+"""Where a run computes may differ too: checkpoints fit every strategy, on any number of processes. And whether what is
+read is verified."""
 
 
 def run(config: DictConfig) -> dict[str, float]:

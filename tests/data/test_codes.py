@@ -1,14 +1,18 @@
 import io
 import json
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from smalto.data.codes import CodeReader, CodeShards, add_code_block, code_dtype
+from smalto.data.codes import CodeReader, CodeShards, add_code_block, add_row_sums, code_dtype
+from smalto.data.row_sums import have_sums, row_sums
+from smalto.data.shards import tar_members
 from smalto.data.transforms import TEN_CROPS
 from smalto.data.write import TarShard, npy_bytes
+from smalto.errors import InputError
 from smalto.files import write_json
 
 TOKENS, CODEBOOK = 6, 50
@@ -20,17 +24,19 @@ def stored_codes(split: str, count: int, crops: int) -> np.ndarray:
     return rng.integers(0, CODEBOOK, (count, crops, TOKENS)).astype(np.uint16)
 
 
-def code_shards(folder, *, crops=TEN_CROPS, counts=(50, 12), dtype=np.uint16, block=8, blocks_per_shard=3):
+def code_shards(folder, *, crops=TEN_CROPS, counts=(50, 12), dtype=np.uint16, block=8, blocks_per_shard=3, sums=True):
     splits = {}
     for split, count in zip(("train", "val"), counts, strict=True):
         codes, labels = stored_codes(split, count, len(crops)).astype(dtype), np.arange(count) % 5
         shards, size = [], block * blocks_per_shard
         for number, first in enumerate(range(0, count, size)):
             with TarShard(folder / f"{split}-{number:05d}.tar") as shard:
-                last = min(first + size, count)
+                last, blocks = min(first + size, count), []
                 for start in range(first, last, block):
                     stop = min(start + block, last)
-                    add_code_block(shard, start // block, codes[start:stop], labels[start:stop])
+                    blocks.append(add_code_block(shard, start // block, codes[start:stop], labels[start:stop]))
+                if sums:
+                    add_row_sums(shard, blocks)
                 shards.append(shard.close() | {"num_images": last - first})
         splits[split] = {"num_images": count, "shards": shards}
     meta = {
@@ -197,6 +203,73 @@ def test_frequencies_and_histogram(tmp_path):
     assert data.class_frequencies() == pytest.approx([0.2] * 5)
     expected = np.bincount(stored_codes("train", 50, 10)[:, 4].ravel(), minlength=CODEBOOK)
     assert np.array_equal(data.code_histogram(), expected)
+
+
+def flip(folder, member: str, bit: int) -> None:
+    """One bit of the content of a member of the second training shard."""
+    shard = folder / "train-00001.tar"
+    place = next(m.offset for m in tar_members(shard) if m.name == member)
+    data = bytearray(shard.read_bytes())
+    data[place + bit // 8] ^= 1 << bit % 8
+    shard.write_bytes(data)
+
+
+def read_all(path, **options) -> None:
+    """Every row of ten crops, with near certainty."""
+    data = module(path, **options)
+    for epoch in range(60):
+        assert data.fetch_train(epoch, np.arange(50))["codes"].shape == (50, TOKENS)
+
+
+@pytest.mark.parametrize("member", ["000004.codes.npy", "000004.label.npy", "row_sums.npy"])
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_flipped_bit_is_seen_where_it_is_read(tmp_path, member, sums):
+    """In older shards, without checksums of rows, before the first batch."""
+    if member == "row_sums.npy" and not sums:
+        return
+    code_shards(tmp_path, sums=sums)
+    read_all(tmp_path)
+    flip(tmp_path, member, 8 * 128)  # behind the .npy header
+    with pytest.raises(InputError, match=r"(train-00001.tar is damaged|train-00001.tar has changed).*verify=false"):
+        read_all(tmp_path)
+    read_all(tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 7), (16, 4), (37, 12), (32, 256)])
+def test_a_batch_is_verified_as_its_rows_are(dtype, shape):
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 2**16, shape).astype(dtype), rng.integers(-1, 1000, shape[0])
+    rows, sums = codes.tobytes(), row_sums(codes.tobytes(), labels)
+    assert have_sums(rows, labels, sums)
+    assert sums[0] == zlib.crc32(codes[0].tobytes() + int(labels[0]).to_bytes(8, "little", signed=True))
+    for bit in rng.integers(0, 8 * len(rows), 50):
+        changed = bytearray(rows)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert not have_sums(bytes(changed), labels, sums)
+        assert (row_sums(bytes(changed), labels) != sums).sum() == 1
+    labels[-1] += 1
+    assert not have_sums(rows, labels, sums)
+
+
+def test_shards_with_and_without_checksums_make_one_set(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, sums in ((old, False), (new, True)):
+        folder.mkdir()
+        meta = code_shards(folder, sums=sums)
+        if not sums:
+            older = meta["splits"]["train"]["shards"][0]
+    (new / "train-00000.tar").write_bytes((old / "train-00000.tar").read_bytes())
+    meta["splits"]["train"]["shards"][0] = older
+    write_json(new / "meta.json", meta)
+    reader = CodeReader(new, meta, "train")
+    assert [shard["name"] for shard in reader.unverified] == ["train-00000.tar"]
+    data = module(new)
+    assert np.array_equal(data.fetch_val(0, np.arange(12))["codes"], stored_codes("val", 12, 10)[:, 4])
+    read_all(new)
+    flip(new, "000005.codes.npy", 8 * 200)
+    with pytest.raises(InputError, match=r"train-00001.tar is damaged"):
+        read_all(new)
 
 
 def resident_mib() -> float:

@@ -1,13 +1,17 @@
 import io
 import json
 import tarfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from smalto.data.health import shard_problems
+from smalto.data.output import OutputFolder
 from smalto.data.patterns import expand_paths
-from smalto.data.shards import CODES, IMAGES, map_member, read_member, read_meta, tar_members
+from smalto.data.shards import CODES, IMAGES, map_member, missing_shards, read_member, read_meta, tar_members
 from smalto.data.write import TarShard, npy_bytes
+from smalto.errors import InputError, MissingFile
 from smalto.files import write_json
 
 
@@ -143,3 +147,63 @@ def test_missing_and_shortened_shards_are_seen(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00000.tar is listed .* but missing"):
         read_meta(tmp_path, IMAGES)
+
+
+def test_a_meta_json_that_contradicts_itself_is_refused(tmp_path):
+    record = {"name": "train-00000.tar", "num_images": 1}
+    with TarShard(tmp_path / "train-00000.tar") as shard:
+        shard.add("000000.cls", b"1")
+        record |= shard.close()
+    good = {"format": IMAGES, "version": 1, "splits": {"train": {"num_images": 1, "shards": [record]}}}
+    write_json(tmp_path / "meta.json", good)
+    assert read_meta(tmp_path, IMAGES) == good
+    assert shard_problems(tmp_path, good, verify=True) == []
+    for change, said in (
+        ({"num_images": 7, "shards": [record]}, "train has 7 images, its shards 1"),
+        ({"num_images": 2, "shards": [record, record]}, "train-00000.tar is listed twice"),
+        ({"num_images": 1, "shards": [record | {"name": "../train-00000.tar"}]}, "is no plain file name"),
+        ({"num_images": 1, "shards": [record | {"name": "/etc/passwd"}]}, "is no plain file name"),
+        ({"num_images": 1, "shards": [{}]}, "lacks what belongs there"),
+    ):
+        bad = good | {"splits": {"train": change}}
+        write_json(tmp_path / "meta.json", bad)
+        with pytest.raises(InputError, match=said):
+            read_meta(tmp_path, IMAGES)
+        assert any(said in problem for problem in shard_problems(tmp_path, bad, verify=False))
+
+
+def test_damaged_headers_are_told_in_one_line(tmp_path):
+    """Any byte of any header: an error of ours, or what was there; no hang, no traceback."""
+    file = tmp_path / "a.tar"
+    with TarShard(file) as shard:
+        shard.add("a.npy", npy_bytes(np.arange(60, dtype=np.uint16).reshape(3, 20)))
+        shard.add("b.cls", b"12")
+        shard.close()
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, 2048, int(rng.integers(1, 4))):
+            data[place] = int(rng.choice([rng.integers(256), ord("-"), ord("7"), 0x80]))
+        file.write_bytes(data)
+        with suppress(InputError):
+            for member in tar_members(file):
+                with suppress(InputError):
+                    map_member(file, member)
+    header = bytearray(whole)
+    header[124:136] = b"-7777777777\0"
+    file.write_bytes(header)
+    with pytest.raises(InputError, match="damaged"):
+        list(tar_members(file))
+
+
+def test_prepared_is_what_has_all_its_shards(tmp_path):
+    data_set(tmp_path)
+    meta = read_meta(tmp_path, IMAGES)
+    assert missing_shards(tmp_path, meta) == []
+    (tmp_path / "train-00000.tar").unlink()
+    assert missing_shards(tmp_path, meta) == ["train-00000.tar"]
+    settings = {"source": "x"}
+    write_json(tmp_path / "plan.json", {"format": IMAGES, "settings": settings})
+    folder = OutputFolder(tmp_path, format=IMAGES, settings=settings, command="smalto prepare", overwrite=False)
+    with pytest.raises(MissingFile, match=r"train-00000\.tar is missing.*restore.*overwrite=true"), folder:
+        pass

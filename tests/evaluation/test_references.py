@@ -1,3 +1,6 @@
+import pickle
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +151,74 @@ def test_sums_lie_where_they_can_be_shared():
 
     assert run_ranks(where, 2) == ["cpu", "cpu"]
     assert shared_device(torch.device("cuda")) == torch.device("cuda")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "pickle"])
+def test_damaged_parts_and_cached_references_are_measured_again(tmp_path, tiny, rules, monkeypatch, caplog, damage):
+    folder = write_folder(tmp_path / "images", make_pixels(30, seed=0))
+    expected = find(folder, tmp_path, tiny, rules)
+
+    def spoil(file):
+        whole = file.read_bytes()
+        planted = pickle.dumps(SystemExit)
+        file.write_bytes({"truncated": whole[:-200], "text": b"x" * 99, "empty": b"", "pickle": planted}[damage])
+
+    spoil(next((tmp_path / "cache").glob("*.npz")))
+    assert torch.equal(find(folder, tmp_path, tiny, rules).gaussian.cov, expected.gaussian.cov)
+    assert "measuring the images again" in caplog.text
+    for kept in (tmp_path / "cache").iterdir():
+        kept.unlink()
+    monkeypatch.setattr(begun, "SAVE_SECONDS", 0.0)
+    stop = iter([False] * 3 + [True] + [False] * 99)
+
+    class Killed(TinyFeatures):
+        def extract(self, image):
+            if next(stop):
+                raise KeyboardInterrupt
+            return super().extract(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        find(folder, tmp_path, Killed(), rules)
+    spoil(next((tmp_path / "cache").glob("*.part*")))
+    found = find(folder, tmp_path, Killed(), rules)
+    assert "measuring from the beginning" in caplog.text
+    assert torch.equal(found.gaussian.cov, expected.gaussian.cov)
+    assert found.content == expected.content
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+
+
+def test_many_processes_measure_one_reference(tmp_path, tiny, rules):
+    """None waits for another, none is in another's way, one file is left."""
+    folder = write_folder(tmp_path / "images", make_pixels(12, seed=0))
+    expected = find(folder, tmp_path / "alone", tiny, rules)
+    together = threading.Barrier(4)
+    found: list[object] = []
+
+    class Slow(TinyFeatures):
+        def extract(self, image):
+            if threading.current_thread() is not threading.main_thread():
+                together.wait(20)  # all have seen that there is no file
+            return super().extract(image)
+
+    def measure():
+        try:
+            found.append(find(folder, tmp_path, Slow(), rules, batch_size=12).content)
+        except BaseException as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=measure) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected.content] * 4
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_other_weights_are_another_reference(tmp_path, tiny, rules):
+    folder = write_folder(tmp_path / "images", make_pixels(12, seed=0))
+    find(folder, tmp_path, tiny, rules)
+    other = TinyFeatures()
+    other.head.add_(1)
+    find(folder, tmp_path, other, rules)
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -91,6 +91,24 @@ def test_a_killed_measurement_goes_on(tmp_path):
     assert found[90].values == close_to(direct(90))
 
 
+@pytest.mark.parametrize("spoiled", [b"", b"PK\3\4 not", None])
+def test_a_damaged_block_is_measured_again(tmp_path, caplog, spoiled):
+    def killed(indices, batch_size):
+        if indices.start >= 75:
+            raise KeyboardInterrupt
+        yield from draw(indices, batch_size)
+
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path, source=killed)
+    block = tmp_path / "blocks/00000025-00000050.npz"
+    block.write_bytes(block.read_bytes()[:-50] if spoiled is None else spoiled)
+    drawn: list[int] = []
+    found = measured(tmp_path, keep=lambda indices, image: drawn.extend(indices))
+    assert drawn == [*range(25, 50), *range(75, 90)]
+    assert f"{block} cannot be read" in caplog.text
+    assert found[90].values == close_to(direct(90))
+
+
 def test_two_processes_measure_what_one_does(tmp_path):
     expected = measured(tmp_path / "one")
 

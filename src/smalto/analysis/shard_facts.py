@@ -72,7 +72,7 @@ def code_statistics(path: Path, meta: dict[str, Any]) -> Facts:
         labels.append(reader.labels)
         for start in range(0, len(reader), 4096):
             indices = np.arange(start, min(start + 4096, len(reader)))
-            codes = reader.gather(indices, np.zeros(len(indices), np.int64))
+            codes = reader.gather(indices, np.zeros(len(indices), np.int64), distinct=True)
             counts += np.bincount(codes.ravel(), minlength=len(counts))
     entropy = float(unigram_entropy(torch.from_numpy(counts)))
     ranked = np.argsort(-counts, kind="stable")

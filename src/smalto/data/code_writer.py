@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from smalto.data.codes import add_code_block, code_dtype
+from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, Crops
 from smalto.data.output import OutputFolder
 from smalto.data.output_plan import PARTS
@@ -159,11 +159,13 @@ class CodeWriter:
         parts = [self._part(split, number) for number in numbers]
         if name in self._folder.done or not all(self._is_part(split, number) for number in numbers):
             return
+        sums = []
         with TarShard(self._folder.path / name) as tar:
             for number, part in zip(numbers, parts, strict=True):
-                add_code_block(tar, number, np.load(part), labels[blocks[number]])
+                sums.append(add_code_block(tar, number, np.load(part), labels[blocks[number]]))
                 for kind in (TEXT, LENGTH) if self._text is not None else ():
                     tar.add(f"{number:06d}.{kind}", self._part(split, number, kind).read_bytes())
+            add_row_sums(tar, sums)
             record = tar.close()
         self._folder.record({**record, "num_images": sum(len(blocks[number]) for number in numbers)})
         for number, part in zip(numbers, parts, strict=True):

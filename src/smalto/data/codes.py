@@ -1,18 +1,20 @@
 """Codes for training a generator: packed shards, read in place, gathered a batch at a time."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from smalto.data.annotations import check_range
+from smalto.data.code_reader import CodeReader
+from smalto.data.health import require_unchanged
 from smalto.data.module import StatelessDataModule
 from smalto.data.order import sample_uniform
-from smalto.data.shards import CODES, Member, ShardFiles, map_member, read_meta, tar_members
+from smalto.data.row_sums import SUMS, row_sums
+from smalto.data.shards import CODES, read_meta
 from smalto.data.text_blocks import TextReader
 from smalto.data.write import TarShard, npy_bytes
 from smalto.errors import InputError
@@ -31,8 +33,8 @@ def code_dtype(codebook_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if codebook_size <= 2**16 else np.uint32
 
 
-def add_code_block(shard: TarShard, block: int, codes: np.ndarray, labels: np.ndarray) -> None:
-    """Append block number ``block`` of a split to ``shard``.
+def add_code_block(shard: TarShard, block: int, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Append block number ``block`` of a split to ``shard``; returns its checksums for `add_row_sums`.
 
     Args:
         shard: being written.
@@ -42,84 +44,12 @@ def add_code_block(shard: TarShard, block: int, codes: np.ndarray, labels: np.nd
     """
     shard.add(f"{block:06d}.codes.npy", npy_bytes(codes))
     shard.add(f"{block:06d}.label.npy", npy_bytes(labels))
+    return np.stack([row_sums(codes[:, crop].tobytes(), labels) for crop in range(codes.shape[1])], axis=1)
 
 
-class CodeReader:
-    """Codes of one split by image number; nothing is read before it is asked for.
-
-    What is kept is the place of each block, and the labels; the codes of an image in one crop are one read in the tar.
-
-    Args:
-        path: folder of code shards.
-        meta: its meta.json.
-        split: ``train`` or ``val``; a split that is not there is empty.
-
-    Attributes:
-        labels: int32 (N,).
-
-    Raises:
-        ValueError: a shard holds other than what meta.json says.
-    """
-
-    def __init__(self, path: str | Path, meta: dict[str, Any], split: str) -> None:
-        self._num_crops = len(meta["crops"])
-        self._num_tokens = sum(height * width for height, width in meta["code_shape"])
-        self._dtype = np.dtype(meta["dtype"])
-        shards = meta["splits"].get(split, {"shards": []})["shards"]
-        self._files = ShardFiles([Path(path) / shard["name"] for shard in shards])
-        counts: list[int] = []  # images of each block
-        blocks: list[tuple[int, int]] = []  # shard and offset of each
-        labels = [np.zeros(0, np.int32)]
-        for number, (file, shard) in enumerate(zip(self._files.paths, shards, strict=True)):
-            before = sum(counts)
-            for member in tar_members(file):
-                if member.name.endswith(".label.npy"):
-                    labels.append(np.array(map_member(file, member), np.int32))
-                elif member.name.endswith(".codes.npy"):
-                    block = map_member(file, member)
-                    self._check(block, member, file)
-                    blocks.append((number, block.offset))
-                    counts.append(len(block))
-            if sum(counts) - before != shard["num_images"]:
-                raise InputError(
-                    f"{file} holds codes of {sum(counts) - before} images, meta.json says {shard['num_images']}; "
-                    "extract it again with overwrite=true"
-                )
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # image of each block, and the total
-        self._shard, self._offset = np.array(blocks, np.int64).reshape(-1, 2).T
-        self.labels = np.concatenate(labels)
-        if len(self.labels) != len(self):
-            raise InputError(f"{path} holds {len(self.labels)} labels for the codes of {len(self)} images of {split}")
-
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
-    def _check(self, block: np.memmap, member: Member, file: Path) -> None:
-        if block.dtype != self._dtype or block.shape[1:] != (self._num_crops, self._num_tokens):
-            raise InputError(
-                f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says {self._dtype} "
-                f"(n, {self._num_crops}, {self._num_tokens}); extract it again with overwrite=true"
-            )
-
-    def gather(self, indices: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Codes of images ``indices``, each in its crop: int64 (B, tokens).
-
-        Args:
-            indices: (B,) image numbers.
-            crops: (B,) numbers of stored crops.
-
-        Raises:
-            ValueError: a shard became shorter since it was opened.
-        """
-        block = np.searchsorted(self._first, indices, side="right") - 1
-        size = self._num_tokens * self._dtype.itemsize
-        offsets = self._offset[block] + ((indices - self._first[block]) * self._num_crops + crops) * size
-        files = [self._files.descriptor(number) for number in range(len(self._files.paths))]
-        places = zip(self._shard[block].tolist(), offsets.tolist(), strict=True)
-        rows = b"".join([os.pread(files[shard], size, offset) for shard, offset in places])
-        if len(rows) != size * len(indices):
-            raise InputError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
-        return np.frombuffer(rows, self._dtype).reshape(len(indices), self._num_tokens).astype(np.int64)
+def add_row_sums(shard: TarShard, blocks: Sequence[np.ndarray]) -> None:
+    """Append the checksums of all blocks of ``shard``, in their order, as its last member."""
+    shard.add(SUMS, npy_bytes(np.concatenate(blocks)))
 
 
 class CodeShards(StatelessDataModule):
@@ -143,6 +73,8 @@ class CodeShards(StatelessDataModule):
         val_batch_size: global; None: as ``batch_size``.
         condition: ``label``, or ``text`` if the shards hold text features.
         text_tokens: T, with ``condition=text``.
+        verify: stop when codes or labels are not what was written. Shards have a checksum of each row; of older ones
+            without, the whole file is compared with meta.json before the first batch.
 
     Attributes:
         num_train: training images.
@@ -171,6 +103,7 @@ class CodeShards(StatelessDataModule):
         val_batch_size: int | None = None,
         condition: Literal["label", "text"] = "label",
         text_tokens: int | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, seed=seed)
         if condition not in ("label", "text") or (condition == "text") != (text_tokens is not None and text_tokens > 0):
@@ -186,6 +119,7 @@ class CodeShards(StatelessDataModule):
         self._crops = crops
         self._fingerprint = tokenizer_fingerprint
         self._text_tokens = text_tokens
+        self._verify = verify
         self._readers: dict[str, CodeReader] = {}
         self._texts: dict[str, TextReader] = {}
 
@@ -209,10 +143,13 @@ class CodeShards(StatelessDataModule):
         self.classes: list[str] = self.meta["classes"]
         if self._text_tokens is not None:
             self._texts = {split: TextReader(self.path, self.meta, split) for split in ("train", "val")}
-        self._readers = {split: CodeReader(self.path, self.meta, split) for split in ("train", "val")}
+        readers = {split: CodeReader(self.path, self.meta, split, verify=self._verify) for split in ("train", "val")}
+        if self._verify:
+            require_unchanged(self.path, [shard for reader in readers.values() for shard in reader.unverified])
         if self._text_tokens is None and self.num_classes is not None:
-            for split, reader in self._readers.items():
+            for split, reader in readers.items():
                 check_range(reader.labels, self.num_classes, f"{split} in {self.path}")
+        self._readers = readers
         self.num_train, self.num_val = (len(self._readers[split]) for split in ("train", "val"))
 
     def fetch_train(self, epoch: int, indices: np.ndarray) -> dict[str, Tensor]:
@@ -240,13 +177,13 @@ class CodeShards(StatelessDataModule):
         counts = np.zeros(self._codebook_size, np.int64)
         for start in range(0, len(reader), 4096):
             indices = np.arange(start, min(start + 4096, len(reader)))
-            codes = reader.gather(indices, np.full(len(indices), self._val_crop))
+            codes = reader.gather(indices, np.full(len(indices), self._val_crop), distinct=True)
             counts += np.bincount(codes.ravel(), minlength=self._codebook_size)
         return counts
 
     def _batch(self, split: str, indices: np.ndarray, crops: np.ndarray) -> dict[str, Tensor]:
         reader = self._readers[split]
-        codes = torch.from_numpy(reader.gather(indices, crops))
+        codes = torch.from_numpy(reader.gather(indices, crops, distinct=True))
         if self._text_tokens is None:
             return {"codes": codes, "label": torch.from_numpy(reader.labels[indices].astype(np.int64))}
         text, mask = self._texts[split].gather(indices, self._text_tokens)

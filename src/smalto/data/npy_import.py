@@ -14,7 +14,7 @@ import numpy as np
 
 from smalto import __version__
 from smalto.data.annotations import MAX_LABEL
-from smalto.data.codes import add_code_block, code_dtype
+from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, KINDS, codes_summary, crop_names
 from smalto.data.foreign import reading
 from smalto.data.output import OutputFolder
@@ -187,12 +187,13 @@ def _without(record: dict[str, Any], key: str) -> dict[str, Any]:
 def _write_shard(
     folder: OutputFolder, name: str, codes: NpyCodes, blocks: Iterable[int], stop: int, block_size: int
 ) -> None:
-    images, highest = 0, -1
+    images, highest, sums = 0, -1, []
     with TarShard(folder.path / name) as tar:
         for start in blocks:
             array, labels = codes.read(start, min(start + block_size, stop))
-            add_code_block(tar, start // block_size, array, labels)
+            sums.append(add_code_block(tar, start // block_size, array, labels))
             images, highest = images + len(labels), max(highest, int(labels.max()))
+        add_row_sums(tar, sums)
         folder.record({**tar.close(), "num_images": images, "max_label": highest})
 
 

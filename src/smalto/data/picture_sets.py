@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from smalto.data.content import content_hash
 from smalto.data.folder_scan import find_pictures, told
-from smalto.data.npz_images import open_npz_images
+from smalto.data.npz_images import npz_names, open_npz_images
 from smalto.data.patterns import is_foreign, scan_foreign
 from smalto.data.pictures import open_picture, read_picture_file
 from smalto.data.reader import ImageReader, stack_pixels
@@ -25,6 +26,8 @@ from smalto.errors import InputError, MissingFile
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
+INDEX_KEY = "index"
+"""Array of an ``.npz`` file that says the number of each image."""
 
 
 class PictureSet(ABC):
@@ -55,11 +58,16 @@ class PictureSet(ABC):
         """
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes when the files do, as far as can be told without reading the images."""
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Hash of what the files hold; ``memory`` see `content_hash`."""
+
+    @property
+    def named(self) -> bool:
+        """Whether images have names of their own, not only places."""
+        return False
 
     def name(self, index: int) -> str:
-        """Of one image, by which pairs of two sets are matched."""
+        """Of one image, by which pairs of two sets are matched; its place where it has no name."""
         return f"{index:06d}"
 
 
@@ -86,6 +94,11 @@ class FolderPictures(PictureSet):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def named(self) -> bool:
+        """See the base class."""
+        return True
+
     def name(self, index: int) -> str:
         """Path below the folder without its suffix: a PNG and a JPEG of one image are a pair."""
         return str(Path(self._names[index]).with_suffix(""))
@@ -96,10 +109,10 @@ class FolderPictures(PictureSet):
             pixels = list(pool.map(self._pixels, indices))
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
-    def fingerprint(self) -> str:
-        """Of names, sizes and times of the files."""
-        stats = ((self.path / name).stat() for name in self._names)
-        return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(self._names, stats, strict=True)])
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Of the names and bytes of the files."""
+        content = content_hash([self.path / name for name in self._names], memory=memory)
+        return _digest([self._names, content])
 
     def _pixels(self, index: int) -> np.ndarray:
         image = self._open(index)
@@ -126,9 +139,11 @@ class FolderPictures(PictureSet):
 class NpzPictures(PictureSet):
     """The images ``arr_0`` of an ``.npz`` file, in place; labels are ``labels``, or ADM's ``arr_1``.
 
+    ``index`` says the number of each image, as ``smalto sample`` writes it: the images are stored shuffled.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no ``arr_0``, or not uint8 (N, H, W, 3).
+        ValueError: no ``arr_0``, or not uint8 (N, H, W, 3); an ``index`` that does not number them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,19 +153,28 @@ class NpzPictures(PictureSet):
         if labels is not None:
             self.labels = torch.from_numpy(labels.astype(np.int64))
             self.num_classes = int(labels.max()) + 1
+        self._index = _npz_index(path, len(self._images))
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def named(self) -> bool:
+        """See the base class."""
+        return self._index is not None
+
+    def name(self, index: int) -> str:
+        """By ``index`` of the file."""
+        return super().name(index if self._index is None else int(self._index[index]))
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """See the base class."""
         pixels = np.ascontiguousarray(self._images[np.asarray(indices)])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    def fingerprint(self) -> str:
-        """Of the file's size and time."""
-        stat = self.path.stat()
-        return _digest([self.path.name, stat.st_size, stat.st_mtime_ns])
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Of the file."""
+        return _digest([content_hash([self.path], memory=memory)])
 
 
 class ShardPictures(PictureSet):
@@ -197,13 +221,10 @@ class ShardPictures(PictureSet):
             return torch.from_numpy(self._reader.pixels(np.asarray(indices)))
         return torch.from_numpy(stack_pixels([center_crop(self._reader.read(int(i)), self._side) for i in indices]))
 
-    def fingerprint(self) -> str:
-        """Of meta.json, which has the hash of every shard; of foreign shards, their names, sizes and times."""
+    def fingerprint(self, memory: Path | None = None) -> str:
+        """Of the shards of the split, and of meta.json where there is one."""
         meta = self.path / META
-        if meta.is_file():
-            return _digest([hashlib.sha256(meta.read_bytes()).hexdigest()])
-        stats = ((path.name, path.stat()) for path in self._reader.paths)
-        return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return _digest([content_hash([*([meta] if meta.is_file() else []), *self._reader.paths], memory=memory)])
 
 
 def open_pictures(path: str | Path, *, image_size: int | None = None, split: Split | None = "val") -> PictureSet:
@@ -232,6 +253,20 @@ def open_pictures(path: str | Path, *, image_size: int | None = None, split: Spl
     if not path.is_dir():
         raise MissingFile(f"no folder, .npz file or image shards at {path}; check the path")
     return FolderPictures(path, image_size=image_size)
+
+
+def _npz_index(path: Path, count: int) -> np.ndarray | None:
+    """Number of each image, int64 (count,); None when the file does not tell."""
+    if INDEX_KEY not in npz_names(path):
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        index = file[INDEX_KEY]
+    if index.shape != (count,) or index.dtype.kind not in "iu" or len(np.unique(index)) != count or index.min() < 0:
+        raise InputError(
+            f"{path}: {INDEX_KEY} must hold the number of each of its {count} images, none twice; it is {index.dtype} "
+            f"{index.shape}. Remove it to count the images in their order"
+        )
+    return index
 
 
 def _digest(parts: list[Any]) -> str:

@@ -1,17 +1,24 @@
 """Several processes at one job: who they are, and the few things they must agree on."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
-from smalto.errors import InputError
+from smalto.errors import InputError, UserError
 
-PATIENCE = timedelta(days=7)
-"""How long a rank waits for others; a rank that fails is noticed by torchrun, which ends all."""
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for the work of others: a share of images, or scores that rank 0 computes alone. One that has
+ended is noticed at once: its connections close, and torchrun ends all."""
+DECISION = timedelta(minutes=10)
+"""How long a rank waits where all come at about the same time: at the start, and for what rank 0 decides."""
 
 
 def leads() -> bool:
@@ -53,7 +60,14 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self.world_size > 1 and not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+            try:
+                store, rank, world_size = next(rendezvous("env://", timeout=DECISION))
+            except RuntimeError as error:
+                raise UserError(
+                    f"the {self.world_size} processes of this job did not meet within {DECISION}; start all of them, "
+                    f"with the same MASTER_ADDR and MASTER_PORT ({_first_line(error)})"
+                ) from error
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
             self._began = True
         return self
 
@@ -62,12 +76,44 @@ class Ranks:
             distributed.destroy_process_group()
 
     def share(self, value: Any) -> Any:
-        """The ``value`` of rank 0, in all ranks; others give anything."""
+        """The ``value`` of rank 0, in all ranks; others give anything. All must come within ten minutes.
+
+        Raises:
+            UserError: some did not come; rank 0 names them.
+        """
         if self.world_size == 1:
             return value
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        try:
+            distributed.monitored_barrier(timeout=DECISION, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"process {self.rank} waited in vain for others of this job ({_first_line(error)}): they ended, or "
+                f"did not come within {DECISION}; what they wrote says why, the same command goes on"
+            ) from error
+        return from_first(value, world_size=self.world_size)
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives in rank 0, in all ranks; it may take long, and what a user can mend ends all.
+
+        Raises:
+            UserError: what it raised in rank 0.
+        """
+        if self.world_size == 1:
+            return function()
+        value: T | None = None
+        problem: UserError | None = None
+        if self.first:
+            try:
+                value = function()
+            except UserError as error:
+                problem = error
+        self.wait()
+        value, text = self.share((value, problem and str(problem)))
+        if problem is not None:
+            raise problem
+        if text is not None:
+            raise UserError(f"the first process stopped: {text}")
+        return cast(T, value)
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -75,7 +121,20 @@ class Ranks:
             distributed.barrier()
 
 
+def from_first(value: Any, *, world_size: int) -> Any:
+    """The ``value`` of the first of ``world_size`` processes in all of them, by the process group they are in."""
+    if world_size == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def shared_device(device: torch.device) -> torch.device:
     """Where tensors of this ``device`` must lie when processes add them up: gloo gathers on the CPU only."""
     joined = distributed.is_available() and distributed.is_initialized()
     return torch.device("cpu") if joined and distributed.get_backend() == "gloo" else device
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -6,8 +6,11 @@ after that an image, or the codes of one, is a single read at an offset in the t
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,6 +26,7 @@ CODES: Final = "smalto-codes"
 VERSION = 1
 META = "meta.json"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_SHARD_NAME = re.compile(r"[^/\\\0]+\.tar")
 _MAKE = {
     IMAGES: "make it with: smalto prepare source=NAME out={path}",
     CODES: "make it with: smalto extract tokenizer_ckpt=CHECKPOINT data=IMAGE_SHARDS out={path}",
@@ -59,16 +63,50 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
         )
     if version != VERSION:
         raise InputError(f"{path} is version {version}, this smalto reads version {VERSION}; {make}")
-    for shard in itertools.chain.from_iterable(split["shards"] for split in meta["splits"].values()):
+    problems = meta_problems(meta)
+    if problems:
+        raise InputError(f"{path / META} contradicts itself: {'; '.join(problems)}; {make} overwrite=true")
+    missing = missing_shards(path, meta)
+    if missing:
+        more = f" ({len(missing) - 1} others too)" if len(missing) > 1 else ""
+        raise MissingFile(f"{path / missing[0]} is listed in {META} but missing{more}; restore it, or {make}")
+    for shard in _shards(meta):
         file = path / shard["name"]
-        if not file.is_file():
-            raise MissingFile(f"{file} is listed in {META} but missing; restore it, or {make}")
         if file.stat().st_size != shard["bytes"]:
             raise InputError(
                 f"{file} has {file.stat().st_size} bytes, {META} says {shard['bytes']}: "
                 f"copied incompletely or changed; restore it, or {make} overwrite=true"
             )
     return meta
+
+
+def meta_problems(meta: dict[str, Any]) -> list[str]:
+    """What cannot be true in a meta.json of one of our formats, whatever the shards hold; one line each."""
+    try:
+        names = [shard["name"] for shard in _shards(meta)]
+        problems = [f"shard {name!r} is no plain file name" for name in names if not _SHARD_NAME.fullmatch(name)]
+        problems += [f"shard {name} is listed twice" for name, count in Counter(names).items() if count > 1]
+        for split, entry in meta["splits"].items():
+            counts = [shard.get("num_images") for shard in entry["shards"]]
+            if None not in [entry.get("num_images"), *counts] and entry["num_images"] != sum(counts):
+                problems.append(f"{split} has {entry['num_images']} images, its shards {sum(counts)}")
+        return problems
+    except (KeyError, TypeError, AttributeError) as error:
+        return [f"it lacks what belongs there ({type(error).__name__}: {error})"]
+
+
+def missing_shards(path: str | Path, meta: dict[str, Any]) -> list[str]:
+    """Names of the shards in a meta.json that are not in folder ``path``."""
+    return [shard["name"] for shard in _shards(meta) if not (Path(path) / shard["name"]).is_file()]
+
+
+def shard_files(path: str | Path, meta: dict[str, Any]) -> list[Path]:
+    """meta.json and all shards."""
+    return [Path(path) / META, *(Path(path) / shard["name"] for shard in _shards(meta))]
+
+
+def _shards(meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return itertools.chain.from_iterable(split["shards"] for split in meta["splits"].values())
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -128,9 +166,14 @@ def map_member(path: str | Path, member: Member) -> np.memmap:
     """
     with Path(path).open("rb") as file:
         file.seek(member.offset)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+        except Exception as error:  # a damaged header fails in ways that are nobody's list
+            raise InputError(f"{member.name} in {path} is no .npy array, or damaged: {error}") from error
         if fortran_order or dtype.hasobject:
             raise InputError(f"{member.name} in {path} is not a plain C-ordered array")
+        if file.tell() + math.prod(shape) * dtype.itemsize > member.offset + member.size or min(shape, default=0) < 0:
+            raise InputError(f"{member.name} in {path} states a shape of {shape}, which is more than the file holds")
         return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)

@@ -1,5 +1,6 @@
 """Long measurements that a kill does not undo: their sums in a file now and then."""
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from smalto.files import replacing
+
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0
 """A measurement that was killed loses no more than this."""
@@ -36,12 +39,22 @@ class Begun:
         self._saved = time.monotonic()
 
     def restore(self, extra: Any = None) -> tuple[int, Any]:
-        """Number of batches that the metrics have seen already, and what was kept beside them (else ``extra``)."""
-        if not self._file.exists():
+        """Number of batches that the metrics have seen already, and what was kept beside them (else ``extra``).
+
+        A file that cannot be used is dropped with a warning: it saves time, and decides nothing.
+        """
+        fresh = self._metrics.state()
+        try:
+            state: dict[str, Any] = torch.load(self._file, weights_only=True)
+            self._metrics.load_state(state["metrics"])
+            return int(state["done"]), state["extra"]
+        except FileNotFoundError:
             return 0, extra
-        state: dict[str, Any] = torch.load(self._file, weights_only=True)
-        self._metrics.load_state(state["metrics"])
-        return state["done"], state["extra"]
+        except Exception as error:  # a damaged file fails in ways that are nobody's list
+            log.warning("%s cannot be read (%s); measuring from the beginning", self._file, error)
+            self._metrics.load_state(fresh)
+            self.remove()
+            return 0, extra
 
     def save(self, done: int, extra: Any = None) -> None:
         """Put it aside after ``done`` batches, if the last time is long ago."""

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from smalto.files import write_bytes
 from smalto.metrics.features import Features
+
+log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 500
 
@@ -34,8 +37,8 @@ class FeatureBlocks:
         self.blocks = [range(a, b) for a, b in itertools.pairwise(cuts)]
 
     def missing(self, *, rank: int = 0, world_size: int = 1) -> list[range]:
-        """Blocks of this process that are not written yet."""
-        return [block for block in self.blocks[rank::world_size] if not self._file(block).exists()]
+        """Blocks of this process that are not written yet, or cannot be read: those are removed, with a warning."""
+        return [block for block in self.blocks[rank::world_size] if not self._is_whole(block)]
 
     def write(self, block: range, features: Features, label: Tensor | None) -> None:
         """Keep the features of a block, and the labels (B,) asked for if there are any."""
@@ -50,10 +53,7 @@ class FeatureBlocks:
     def read(self) -> Iterator[tuple[range, Features, Tensor | None]]:
         """All blocks in order."""
         for block in self.blocks:
-            with np.load(self._file(block), allow_pickle=False) as file:
-                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-            label = arrays.pop("label", None)
-            yield block, Features(**arrays), label
+            yield block, *self._load(block)
 
     def remove(self) -> None:
         """They have served."""
@@ -61,6 +61,25 @@ class FeatureBlocks:
             self._file(block).unlink(missing_ok=True)
         if self._path.is_dir() and not os.listdir(self._path):
             self._path.rmdir()
+
+    def _load(self, block: range) -> tuple[Features, Tensor | None]:
+        with np.load(self._file(block), allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+        if {len(array) for array in arrays.values()} != {len(block)}:
+            raise ValueError(f"it does not hold {len(block)} images")
+        label = arrays.pop("label", None)
+        return Features(**arrays), label
+
+    def _is_whole(self, block: range) -> bool:
+        try:
+            self._load(block)
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # a damaged file fails in ways that are nobody's list
+            log.warning("%s cannot be read (%s); its images are measured again", self._file(block), error)
+            self._file(block).unlink(missing_ok=True)
+            return False
+        return True
 
     def _file(self, block: range) -> Path:
         return self._path / f"{block.start:08d}-{block.stop:08d}.npz"

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from smalto.data.ranks import Ranks
 from smalto.evaluation.codes import measure_codes
-from smalto.evaluation.report import Measured
+from smalto.evaluation.report import Measured, short
 from smalto.evaluation.samples import Draw, from_codes, from_task, measure_samples
+from smalto.evaluation.saved import SavedPictures
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
 from smalto.sampling.requests import LabelKind
 from smalto.sampling.service import fixed_weights
-from smalto.sampling.writer import PictureFolder
 from smalto.types import SamplingConfig
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class SampleRows:
         part_dir: for what is finished before the whole is.
         batch_size: images drawn together.
         ranks: the processes; scores are those of rank 0, others get no rows.
-        save: folder for the images; None keeps none.
+        save: for the images; None keeps none.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SampleRows:
         part_dir: Path,
         batch_size: int,
         ranks: Ranks,
-        save: Path | None = None,
+        save: SavedPictures | None = None,
     ) -> None:
         self.suite, self.counts = suite, counts
         self._part_dir, self._batch_size, self._ranks, self._save = part_dir, batch_size, ranks, save
@@ -65,7 +65,7 @@ class SampleRows:
     def _writer(self, name: str) -> Callable[[Sequence[int], Tensor], None] | None:
         if self._save is None:
             return None
-        pictures = PictureFolder(self._save / name)
+        pictures = self._save.folder(name, max(self.counts))
         return lambda indices, image: pictures.write(indices, image)
 
 
@@ -95,7 +95,7 @@ def measure_generator(
     common: dict[str, Any] = {"classes": range(task.net.conditioner.num_classes), "labels": labels, "seed": seed}
     table: list[Measured] = []
     for settings, sampling in grid:
-        name = "-".join(f"{key}{value:g}" for key, value in settings.items()) or "samples"
+        name = "-".join(f"{key}{short(value)}" for key, value in settings.items()) or "samples"
         with fixed_weights(task):
             table += rows.measure(from_task(task, sampling=sampling, **common), settings=settings, name=name)
         found = dict(zip(classes, rows.suite.per_class_accuracy, strict=False))

@@ -1,6 +1,6 @@
 """Images and their reconstructions to scores, one pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,12 @@ def from_tokenizer(task: Any, pictures: PictureSet) -> Pairs:
     return pairs
 
 
-def from_sets(originals: PictureSet, rebuilt: PictureSet) -> Pairs:
-    """Two sets that belong together, by name where both have the same names, else by order.
-
-    Raises:
-        ValueError: sets of different length.
-    """
-    if len(originals) != len(rebuilt):
-        raise InputError(
-            f"{rebuilt.path} holds {len(rebuilt)} images, {originals.path} {len(originals)}; reconstructions need one "
-            "original each"
-        )
-    place = {originals.name(i): i for i in range(len(originals))}
-    order = [place.get(rebuilt.name(i), -1) for i in range(len(rebuilt))]
-    if -1 in order:
-        order = list(range(len(originals)))
+def from_sets(originals: PictureSet, rebuilt: PictureSet, *, pairing: str = "name") -> Pairs:
+    """Two sets that belong together, by name or by order, see `match`."""
+    partners, _ = match(originals, rebuilt, pairing=pairing)
 
     def pairs(indices: range) -> tuple[Tensor, Tensor, None]:
-        image, other = originals.read([order[i] for i in indices]), rebuilt.read(indices)
+        image, other = originals.read(indices), rebuilt.read([partners[i] for i in indices])
         if image.shape != other.shape:
             raise InputError(
                 f"{originals.path} has images of {image.shape[-1]}x{image.shape[-2]} px, {rebuilt.path} of "
@@ -59,6 +47,74 @@ def from_sets(originals: PictureSet, rebuilt: PictureSet) -> Pairs:
         return image, other, None
 
     return pairs
+
+
+def match(originals: PictureSet, rebuilt: PictureSet, *, pairing: str = "name") -> tuple[list[int], str]:
+    """Which image of ``rebuilt`` belongs to each original, and how that was found: ``by name``, number or order.
+
+    Names are those of files without suffix, or the ``index`` of an ``.npz``. Names that are whole numbers may have
+    other numbers of zeros in front. Images without names, of shards or of an ``.npz`` without ``index``, are counted.
+
+    Args:
+        originals: the one set.
+        rebuilt: the other.
+        pairing: ``name``, or ``order`` to match the first with the first whatever their names.
+
+    Raises:
+        ValueError: sets of different length; names that do not agree, or that two images share.
+    """
+    if len(originals) != len(rebuilt):
+        raise InputError(
+            f"{rebuilt.path} holds {len(rebuilt)} images, {originals.path} {len(originals)}; reconstructions need one "
+            "original each"
+        )
+    places = list(range(len(originals)))
+    if pairing == "order" or not (originals.named or rebuilt.named):
+        return places, "by order"
+    mine, theirs = (_names(pictures) for pictures in (originals, rebuilt))
+    if mine.keys() == theirs.keys():
+        return [theirs[name] for name in mine], "by name"
+    numbers = [_numbers(names) for names in (mine, theirs)]
+    if numbers[0] and numbers[1] and numbers[0].keys() == numbers[1].keys():
+        return [numbers[1][number] for number in numbers[0]], "by number"
+    if not (originals.named and rebuilt.named) and all(_is_ascending(found) for found in numbers):
+        return places, "by order"
+    raise InputError(
+        f"the images of {originals.path} and {rebuilt.path} do not bear the same names: "
+        f"{_some(mine.keys() - theirs.keys())} on the one side, {_some(theirs.keys() - mine.keys())} on the other. "
+        "Name them alike, or give pairing=order to match the first with the first"
+    )
+
+
+def _names(pictures: PictureSet) -> dict[str, int]:
+    names: dict[str, int] = {}
+    for place in range(len(pictures)):
+        name = pictures.name(place)
+        if name in names:
+            raise InputError(
+                f"{pictures.path} holds two images named {name} (suffixes do not count), so pairs cannot be told by "
+                "name; rename one, or give pairing=order"
+            )
+        names[name] = place
+    return names
+
+
+def _numbers(names: dict[str, int]) -> dict[int, int]:
+    """The same by the numbers the names are; empty unless all are, each another."""
+    if not all(name.isascii() and name.isdigit() for name in names):
+        return {}
+    numbers = {int(name): place for name, place in names.items()}
+    return numbers if len(numbers) == len(names) else {}
+
+
+def _is_ascending(numbers: dict[int, int]) -> bool:
+    """Whether the order of the places is that of the numbers, where there are any: 1, 10, 2 is not."""
+    return list(numbers) == sorted(numbers)
+
+
+def _some(names: Set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def measure_pairs(

@@ -13,14 +13,15 @@ from torch import Tensor
 from smalto.data.npz_images import IMAGES_KEY, npz_names, read_npz_statistics
 from smalto.data.picture_sets import PictureSet, Split, open_pictures
 from smalto.data.progress import progress
-from smalto.data.ranks import shared_device
-from smalto.errors import InputError
+from smalto.data.ranks import from_first, shared_device
+from smalto.errors import InputError, MissingFile, PathInUse
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.distribution import Gaussian
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reference import VERSION, Kind, Reference, chain_hash, is_reference_file
 from smalto.metrics.rules import Rules
 from smalto.metrics.suite import GenerationMetrics
+from smalto.tasks.checkpoint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,16 @@ def measured_reference(
 ) -> Reference:
     """See `find_reference`; an interrupted measurement goes on where it was."""
     count = len(pictures) if limit is None else min(limit, len(pictures))
-    file = cache_file(pictures, features=features, kind=kind, rules=rules, cache_dir=cache_dir, count=count)
-    if file.exists():
+    known: Reference | None = None
+    file = Path()
+    if rank == 0:
+        file = cache_file(pictures, features=features, kind=kind, rules=rules, cache_dir=cache_dir, count=count)
+        known = _kept(file, features, kind)
+    # decided by one: while others look, the file may appear
+    file, is_known = from_first((file, known is not None), world_size=world_size)
+    if is_known:
         log.info("reference: %s, measured before", file)
-        return Reference.load(file, extractor=features.name, kind=kind)
+        return known or Reference.load(file, extractor=features.name, kind=kind)
     suite = GenerationMetrics(features=features, num_classes=pictures.num_classes, kind=kind, rules=rules)
     device = next(features.parameters(), torch.zeros(0)).device
     suite.to(shared_device(device))
@@ -121,10 +128,33 @@ def measured_reference(
     protocol = pictures.settings | {"num_images": count}
     reference = suite.finish_real(images=str(pictures.path), content=content, protocol=protocol)
     if rank == 0:
-        reference.save(file)
-        log.info("reference: kept as %s", file)
+        _keep(reference, file)
     begun.remove()
     return reference
+
+
+def _kept(file: Path, features: FeatureExtractor, kind: Kind) -> Reference | None:
+    """What was measured before; a file that cannot be read is removed with a warning."""
+    try:
+        return Reference.load(file, extractor=features.name, kind=kind)
+    except MissingFile:
+        return None
+    except InputError as error:
+        log.warning("%s; measuring the images again", error)
+        file.unlink(missing_ok=True)
+        return None
+
+
+def _keep(reference: Reference, file: Path) -> None:
+    """Save it, unless another process that measured the same images was first."""
+    try:
+        reference.save(file)
+        log.info("reference: kept as %s", file)
+    except PathInUse:
+        theirs = Reference.load(file, extractor=reference.extractor, kind=reference.kind)
+        if theirs.content and reference.content and theirs.content != reference.content:
+            raise
+        log.info("reference: %s was kept by another process meanwhile", file)
 
 
 def cache_file(
@@ -139,13 +169,19 @@ def cache_file(
     """Where the reference of these images is kept; another name as soon as anything that decides it differs."""
     decisive = {
         "version": VERSION,
-        "files": pictures.fingerprint(),
+        "images": pictures.fingerprint(memory(cache_dir)),
+        "network": fingerprint(features),
         "settings": {key: value for key, value in pictures.settings.items() if key != "path"},
         "count": count,
         "max_pool": rules.max_pool,
     }
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cache_dir) / f"{pictures.path.stem or 'images'}-{kind}-{features.name}-{key}.npz"
+
+
+def memory(cache_dir: str | Path) -> Path:
+    """Where `content_hash` remembers what it read, beside the references."""
+    return Path(cache_dir).parent / "hashes"
 
 
 def _usable_statistics(path: Path, features: FeatureExtractor, kind: Kind) -> Reference | None:

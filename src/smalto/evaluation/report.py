@@ -26,7 +26,7 @@ class Measured:
     @property
     def label(self) -> str:
         """Short name of the settings: ``cfg_scale=2,num_samples=1000``."""
-        return ",".join(f"{key}={_short(value)}" for key, value in self.settings.items())
+        return ",".join(f"{key}={short(value)}" for key, value in self.settings.items())
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -41,6 +41,14 @@ class Measured:
     def from_plain(cls, found: dict[str, Any]) -> "Measured":
         """From what `plain` gave."""
         return cls(Scores(found["metrics"], found["standard_errors"], found["not_computed"]), found["settings"])
+
+
+def short(value: Any) -> str:
+    """For names: ``1`` and ``1.5``, all digits where they are needed to tell one value from another."""
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def flat(rows: list[Measured]) -> dict[str, float]:
@@ -80,7 +88,7 @@ def _grid(rows: list[Measured], features: str) -> Table:
         table.add_column(name.removesuffix(f"_{features}"), justify="right")
     for row in rows:
         numbers = (_number(row.scores.values[name]) if name in row.scores.values else "" for name in names)
-        table.add_row(*(_short(row.settings[name]) for name in settings), *numbers)
+        table.add_row(*(short(row.settings[name]) for name in settings), *numbers)
     return table
 
 
@@ -88,7 +96,3 @@ def _number(value: float) -> str:
     return (
         f"{value:.1f}" if abs(value) >= 100 else f"{value:.4f}" if abs(value) >= 1e-3 or not value else f"{value:.2e}"
     )
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -106,9 +106,10 @@ def measure_samples(
         By count; empty on other ranks than 0.
     """
     blocks = FeatureBlocks(blocks_dir, count=max(tiers), edges=tiers)
-    mine = sum(len(block) for block in blocks.blocks[ranks.rank :: ranks.world_size])
-    missing = blocks.missing(rank=ranks.rank, world_size=ranks.world_size)
-    with progress(name, total=mine, done=mine - sum(map(len, missing))) as advance:
+    todo: list[range] = ranks.decide(blocks.missing)  # by one: others may look when the first has written
+    missing = todo[ranks.rank :: ranks.world_size]
+    done = (max(tiers) - sum(map(len, todo))) // ranks.world_size
+    with progress(name, total=done + sum(map(len, missing)), done=done) as advance:
         for block in missing:
             parts, labels = [], []
             for batch in draw(block, batch_size):

@@ -121,10 +121,20 @@ class Reference:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
-        except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-            raise InputError(f"{path} is not a reference written by smalto: {error}") from error
-        if str(arrays.get("format")) != FORMAT or int(arrays["version"]) != VERSION:
+            found, version = str(arrays["format"]), int(arrays["version"])
+        except Exception as error:  # a damaged file fails in ways that are nobody's list
+            raise InputError(f"{path} is not a reference written by smalto, or damaged: {error}") from error
+        if found != FORMAT or version != VERSION:
             raise InputError(f"{path} is not a reference of format {FORMAT} {VERSION}; measure it again")
+        try:
+            reference = cls._from_arrays(arrays)
+        except Exception as error:
+            raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); measure it again") from error
+        reference.require(extractor=extractor, kind=kind, where=str(path))
+        return reference
+
+    @classmethod
+    def _from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Reference":
         classes = None
         if "class_mean" in arrays:
             classes = ClassMeans(
@@ -132,10 +142,9 @@ class Reference:
                 std=torch.from_numpy(arrays["class_std"]),
                 count=torch.from_numpy(arrays["class_count"]),
             )
-        stored_kind: Kind = "reconstruction" if str(arrays["kind"]) == "reconstruction" else "generation"
-        reference = cls(
+        return cls(
             extractor=str(arrays["extractor"]),
-            kind=stored_kind,
+            kind="reconstruction" if str(arrays["kind"]) == "reconstruction" else "generation",
             images=str(arrays["images"]),
             gaussian=_gaussian(arrays, ""),
             pool=torch.from_numpy(arrays["pool"]),
@@ -144,8 +153,6 @@ class Reference:
             content=str(arrays["content"]),
             protocol=json.loads(str(arrays["protocol"])),
         )
-        reference.require(extractor=extractor, kind=kind, where=str(path))
-        return reference
 
 
 def is_reference_file(path: Path) -> bool:
