@@ -1,15 +1,21 @@
 """``smalto resume FOLDER``: continue a training run, or a sweep, by what lies in its own folder."""
 
-import os
 import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import train
+from smalto.endings import begin_work, told
 from smalto.errors import InputError, MissingFile
-from smalto.runtime import USER_ERRORS, fail, mark_launch, setup_logging
+from smalto.runtime import mark_launch, setup_logging
 from smalto.sweeps.sweep import again, is_sweep
+
+USAGE = """usage: smalto resume FOLDER
+
+Continue the training run, or the sweep, that began in FOLDER (outputs/...), by what lies there: config.yaml and
+checkpoints, or sweep.json. It takes no options: other settings are another run.
+"""
 
 
 def run(folder: Path) -> dict[str, float]:
@@ -31,20 +37,20 @@ def run(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        sys.stdout.write(USAGE)
+        return
+    begin_work()
     mark_launch()
     setup_logging()
-    try:
-        if len(sys.argv) != 2:
-            raise InputError("give one folder of a run or a sweep: smalto resume outputs/...")
-        folder = Path(sys.argv[1])
+    with told("resume"):
+        if len(sys.argv) != 2 or not sys.argv[1]:
+            raise InputError(f"give one folder of a run or a sweep; {USAGE.splitlines()[0]}")
+        folder = Path(sys.argv[1]).expanduser()
         if is_sweep(folder):
             again(folder)
         else:
             run(folder)
-    except (*USER_ERRORS, KeyboardInterrupt) as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        fail("resume", error)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from smalto.data.shards import META, VERSION
-from smalto.errors import PathInUse, StorageError
+from smalto.errors import REASONS, PathInUse, StorageError
 from smalto.files import FileLock, write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -191,11 +191,4 @@ class OutputFolder:
         log.info("%s: continuing, %d shards were finished", self.path, len(self.done))
 
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would be larger than this process may write",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
-}
+_REASONS = REASONS | dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write")

@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from smalto.endings import begin_work, report
 from smalto.files import write_bytes, write_json
 from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
@@ -100,11 +101,11 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the plan, open the parent run."""
+        begin_work()
         try:
             Sweep.current = begin(config)
         except Exception as error:  # Hydra would warn and go on
-            sys.stderr.write(f"\nsmalto: the sweep cannot begin: {error}\n")
-            sys.exit(1)
+            sys.exit(report("sweep", error))
 
 
 def begin(config: DictConfig) -> Sweep:
@@ -163,6 +164,8 @@ def reported(module: str) -> Iterator[None]:
     sweep, Sweep.current = Sweep.current, None
     if sweep is not None:
         code = sweep.close(error)
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
         if code:
             sys.exit(code)
 
