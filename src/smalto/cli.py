@@ -5,7 +5,8 @@ import sys
 from importlib import import_module
 
 from smalto import __version__
-from smalto.endings import REFUSED, AtOnce, told
+from smalto.endings import REFUSED, told
+from smalto.signals import AtOnce
 
 VERBS = {
     "prepare": "image source -> image shards",

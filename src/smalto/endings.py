@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from smalto.errors import REASONS, UserError
+from smalto.signals import Terminated
 
-REFUSED, BUG, INTERRUPTED, PIPE_CLOSED = 1, 70, 130, 141
+REFUSED, BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 70, 130, 141, 143
 """Exit codes: what the user or the machine can change; EX_SOFTWARE of sysexits.h; those of shells for signals."""
 FULL = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows every traceback on the screen."""
@@ -59,13 +58,16 @@ class Ending:
 
 def ending(error: BaseException) -> Ending:
     """How to tell of an error: whether the user or the machine can change it, or whether it is a bug."""
-    if any(isinstance(each, KeyboardInterrupt) for each in _chain(error, context=True)):
-        return Ending("interrupted; the same command continues where it was", INTERRUPTED)
+    interrupt = next((each for each in _chain(error, context=True) if isinstance(each, KeyboardInterrupt)), None)
+    if interrupt is not None:
+        code = TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+        return Ending("interrupted; the same command continues where it was", code)
     for each in _chain(error):
         text = _told(each)
         if text is not None:
             return Ending(text)
-    return Ending(one_line(error), BUG)
+    wrapped = type(error).__name__ == "InstantiationException" and error.__cause__ is not None
+    return Ending(one_line(error.__cause__ if wrapped and error.__cause__ else error), BUG)
 
 
 def one_line(error: BaseException) -> str:
@@ -189,12 +191,13 @@ def _joined(*texts: str) -> str:
 
 def _keep(verb: str, trace: str) -> Path | None:
     """Append a traceback to the log of the run, else to a file of its own in the outputs; None if neither can be."""
-    open_logs = [each for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
+    handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
+    open_logs = [path for path in (Path(each.baseFilename) for each in handlers) if path.is_file()]
     now = datetime.now()
     outputs = Path(os.path.expanduser(os.environ.get("SMALTO_OUTPUTS", "outputs"))).absolute()
     stamp = os.environ.get("SMALTO_LAUNCHED_AT", f"{now:%Y-%m-%d_%H-%M-%S}")
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
-    for path in (*(Path(each.baseFilename) for each in open_logs), outputs / "logs" / f"{verb}-{stamp}.log"):
+    for path in (*open_logs, outputs / "logs" / f"{verb}-{stamp}.log"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -213,33 +216,3 @@ def _stdout_is_closed() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-class AtOnce:
-    """What SIGINT and SIGTERM do while there is nothing to save: end the process, with a line or without.
-
-    Python's KeyboardInterrupt could come out of the middle of any import, and libraries make other errors of it.
-    """
-
-    def __init__(self, line: str | None) -> None:
-        self._line = line
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
-        if self._line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, f"\n{self._line}\n".encode(errors="backslashreplace"))
-        os._exit(128 + number)
-
-    def install(self) -> None:
-        """From now on; what the one who started us ignores stays ignored."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self)
-
-
-def begin_work() -> None:
-    """From here on there is something to save: signals are Python's again, if they were ours."""
-    if isinstance(signal.getsignal(signal.SIGINT), AtOnce):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if isinstance(signal.getsignal(signal.SIGTERM), AtOnce):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,9 +6,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from smalto import train
-from smalto.endings import begin_work, told
+from smalto.endings import told
 from smalto.errors import InputError, MissingFile
 from smalto.runtime import mark_launch, setup_logging
+from smalto.signals import begin_work
 from smalto.sweeps.sweep import again, is_sweep
 
 USAGE = """usage: smalto resume FOLDER

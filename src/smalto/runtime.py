@@ -25,9 +25,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from smalto import __version__
 from smalto.arguments import expanded, fit
-from smalto.endings import FULL, begin_work, told
+from smalto.endings import FULL, told
 from smalto.errors import InputError
 from smalto.kinds import check_kinds
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import run_job
 from smalto.sweeps.names import current_job_name
 from smalto.sweeps.sweep import reported

@@ -17,10 +17,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.ranks import leads
-from smalto.endings import INTERRUPTED, begin_work, ending
+from smalto.endings import INTERRUPTED, TERMINATED, ending
 from smalto.errors import PathInUse
 from smalto.files import FileLock
 from smalto.runtime import check, keep_freed_memory, setup_logging
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import first_line, main_metric, read_record, write_record
 from smalto.sweeps.names import LAUNCHER_PID
 from smalto.sweeps.process import PATIENCE
@@ -97,9 +98,9 @@ def run(module: str, config_file: Path) -> int:
             traceback.print_exc()  # into the log of the job
         else:
             sys.stderr.write(f"\n{end.message}\n")
-        outcome = {"status": "interrupted" if code == INTERRUPTED else "failed"}
-        if code != INTERRUPTED:
-            outcome["error"] = first_line(end.message)
+        outcome = {"status": "failed", "error": first_line(end.message)}
+        if code in (INTERRUPTED, TERMINATED):
+            outcome = {"status": "interrupted"}
     if first:
         write_record(folder, (read_record(folder) or {}) | outcome)
     return code

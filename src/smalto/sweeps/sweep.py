@@ -18,8 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from smalto.endings import begin_work, report
+from smalto.endings import report
 from smalto.files import write_bytes, write_json
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
 from smalto.sweeps.process import PATIENCE
