@@ -72,6 +72,11 @@ def test_what_can_be_meant_one_way_is_put_right(verb, given, value):
         ("train", "task.optimizer.betas=[0.9]", "task.optimizer.betas is [0.9], a list of 2"),
         ("train", "data.num_train=true", "data.num_train is true, a whole number"),
         ("train", "+model.dmi=3", "model.dmi is no option of smalto.models.gpt.GPT; it has dim, "),
+        ("train", "model.num_heads=0", "model.num_heads is 0, must be 1 or more"),
+        ("train", "model.token_dropout=2", "model.token_dropout is 2, must be from 0 to 1"),
+        ("train", "tokenizer.channel_multipliers=[]", "tokenizer.channel_multipliers is [], must be one or more"),
+        ("sample", "~device", "device is needed; ~device takes it away"),
+        ("sample", "out=", "out is empty, a path is needed"),
         ("train", "run_name=1.5", "run_name is 1.5, a text is needed; put it in quotes"),
     ],
 )

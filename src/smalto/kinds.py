@@ -56,6 +56,13 @@ RANGES = {
     r"trainer\.(log_every_n_steps|limit_\w+_batches|gradient_clip_val)": _AT_LEAST_0,
     r"task\.optimizer\.(lr|eps|weight_decay)": _AT_LEAST_0,
     r"task\.optimizer\.betas": Range(lambda value: all(0 <= each < 1 for each in value), "from 0 to below 1 each"),
+    r"model\.(dim|num_layers|num_heads|num_kv_heads|ffn_multiple_of)": _AT_LEAST_1,
+    r"(.+\.)?(base_channels|norm_groups|z_channels)": _AT_LEAST_1,
+    r"tokenizer\.num_res_blocks|(.+\.)?(codebook_size|codebook_dim|num_classes)|discriminator\.num_layers": _AT_LEAST_1,
+    r"tokenizer\.channel_multipliers": Range(
+        lambda value: value and min(value) >= 1, "one or more numbers of 1 or more"
+    ),
+    r"(.+\.)?(\w*dropout|drop_path|\w+_prob)": Range(lambda value: 0 <= value <= 1, "from 0 to 1"),
     r"trainer\.val_check_interval": _POSITIVE,
     r"trainer\.(max_steps|max_epochs|num_sanity_val_steps)": _OR_MINUS_1,
 }
@@ -73,7 +80,9 @@ def check_kinds(config: DictConfig, *, verb: str, folder: Path) -> None:
     Raises:
         InputError: naming every option whose value is of another kind, or out of range.
     """
-    problems = list(_walk(config, "", root_kinds(verb, folder)))
+    kinds, present = root_kinds(verb, folder), set(config.keys())  # `in` would say no of what is missing
+    problems = [f"{key} is needed; ~{key} takes it away" for key in kinds if "." not in key and key not in present]
+    problems += _walk(config, "", kinds)
     if problems:
         raise InputError("; ".join(problems))
 
@@ -157,6 +166,8 @@ def _walk(node: DictConfig, prefix: str, kinds: dict[str, Any]) -> Iterator[str]
         given = value
         if is_path(full) and isinstance(value, str):
             value = expanded(full, value)
+            if not value:
+                yield f"{full} is empty, a path is needed"
         try:
             value = fitted(value, kind)
         except Misfit:
