@@ -1,6 +1,7 @@
 """How commands end: users are told in one message, bugs keep their traceback, signals leave one line."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from smalto import endings
+from smalto import endings, resume, sweep_job
 from smalto.endings import BUG, INTERRUPTED, REFUSED, TERMINATED, ending
 from smalto.errors import InputError, MissingFile, StorageError
-from smalto.runtime import build
+from smalto.runtime import build, compose, setup_logging
 from smalto.signals import AtOnce, Terminated, begin_work
+from smalto.sweeps.jobs import read_record
 
 
 def raised(job) -> BaseException:
@@ -148,6 +150,56 @@ def test_the_traceback_of_a_bug_goes_to_a_file_and_its_place_is_told(tmp_path, m
     monkeypatch.setenv("SMALTO_OUTPUTS", str(tmp_path / "file"))  # no log can be made there
     endings.report("sample", bug)
     assert "Traceback (most recent" in capsys.readouterr().err
+
+
+def test_a_run_that_has_a_log_keeps_the_traceback_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMALTO_OUTPUTS", str(tmp_path / "outputs"))
+    handlers = logging.getLogger().handlers[:]
+    try:
+        setup_logging(tmp_path / "train.log")
+        assert endings.report("train", raised(lambda: build(BUGGY))) == BUG
+    finally:
+        logging.getLogger().handlers[:] = handlers
+    assert "in raster_shape" in (tmp_path / "train.log").read_text()
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bug_in_a_job_of_a_sweep_has_its_traceback_in_the_log_of_the_job(tmp_path, capsys):
+    config = compose("train", ["seed=1", f"run_dir={tmp_path}"])
+    (tmp_path / "job.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    assert sweep_job.run("toy_verb", tmp_path / "job.yaml") == BUG
+    assert "Traceback (most recent" in capsys.readouterr().err  # which is the log
+    assert read_record(tmp_path)["error"] == "ValueError: no such luck"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.yaml", "a: [1", "config.yaml is damaged"),
+        ("config.yaml", "- 1", "is not the config of a training"),
+        ("config.yaml", "a: 1", "is not the config of a training"),
+        ("sweep.json", '{"module": 1', "sweep.json is damaged"),
+        ("sweep.json", "[]", "sweep.json is damaged"),
+        ("notes.txt", "", "is not the folder of a run"),
+    ],
+)
+def test_resume_says_what_is_wrong_with_a_folder(tmp_path, monkeypatch, capsys, name, text, said):
+    (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "argv", ["smalto", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        resume.main()
+    assert end.value.code == REFUSED
+    assert said in capsys.readouterr().err
+
+
+def test_resume_tells_what_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["smalto", "--help"])
+    resume.main()
+    assert capsys.readouterr().out.startswith("usage: smalto resume FOLDER")
+    monkeypatch.setattr(sys, "argv", ["smalto"])
+    with pytest.raises(SystemExit):
+        resume.main()
+    assert "usage: smalto resume FOLDER" in capsys.readouterr().err
 
 
 def run_smalto(*arguments: str, after: float | None = None, number: int = 0, **more) -> subprocess.CompletedProcess:

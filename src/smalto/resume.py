@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from smalto import train
 from smalto.endings import told
@@ -29,8 +30,12 @@ def run(folder: Path) -> dict[str, float]:
     file = folder / "config.yaml"
     if not file.exists():
         raise MissingFile(f"{folder} is not the folder of a run (it holds no config.yaml); give one of outputs/")
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
+    try:
+        config = OmegaConf.load(file)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig) or "run_dir" not in config:
+        raise InputError(f"{file} is not the config of a training (it names no run_dir)")
     if Path(config.run_dir).resolve() != folder.resolve():
         raise InputError(f"{folder} was made as {config.run_dir}; move it back there to continue it")
     return train.run(config)

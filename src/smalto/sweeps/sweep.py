@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.endings import report
+from smalto.errors import InputError
 from smalto.files import write_bytes, write_json
 from smalto.signals import begin_work
 from smalto.sweeps.jobs import read_record
@@ -178,8 +179,14 @@ def is_sweep(folder: Path) -> bool:
 
 def again(folder: Path) -> None:
     """Run the command of the sweep in ``folder`` again, there: what is finished is kept, the rest runs."""
-    told = json.loads((folder / MEMORY).read_text())
+    try:
+        command = json.loads((folder / MEMORY).read_text())
+        arguments, cwd, module = [*command["arguments"]], command["cwd"], command["module"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / MEMORY} is damaged ({error}); give the sweep's command again with hydra.sweep.dir={folder}"
+        ) from error
     place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-    sys.argv[1:] = [*told["arguments"], f"hydra.sweep.dir='{place}'"]
-    os.chdir(told["cwd"])
-    import_module(told["module"]).main()
+    sys.argv[1:] = [*arguments, f"hydra.sweep.dir='{place}'"]
+    os.chdir(cwd)
+    import_module(module).main()
