@@ -235,17 +235,15 @@ def test_a_signal_while_everything_is_imported_leaves_one_line(tmp_path, delay, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_any_time_leaves_one_line(tmp_path, number):
-    for tenth in range(2, 80, 3):
+    for tenth in range(2, 80, 6):
         check_interrupt(tenth / 10, number, tmp_path / str(tenth))
 
 
 def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m smalto --help | head -1"
-    for _ in range(3):
+    smalto = f"{sys.executable} -m smalto"
+    for command in (f"{smalto} --help | true", f"{smalto} resume --help | true", f"{smalto} --help >&-"):
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert done.stdout.splitlines()[0].startswith("smalto ")
-        assert "Traceback" not in done.stderr
-        assert "Exception ignored" not in done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_ascii_locale_says_any_letter():

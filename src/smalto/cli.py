@@ -46,6 +46,9 @@ def main() -> None:
     if sys.getfilesystemencoding() != "utf-8":
         # An ASCII locale: names and texts beyond it could be neither said nor written. Python's own way out.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the one who started us has none for us (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     # Two threads that spin for each other on a busy machine lose milliseconds per operation; sleeping ones do not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]

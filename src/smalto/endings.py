@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def told(verb: str) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        _stdout_is_closed()  # else Python's own end would say so
         raise
     except BaseException as error:
         sys.exit(report(verb, error))
@@ -211,8 +213,11 @@ def _keep(verb: str, trace: str) -> Path | None:
 def _stdout_is_closed() -> bool:
     """Whether nobody reads what is printed any more; then it goes nowhere from here on."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), select.POLLOUT)
+        closed = any(event & select.POLLERR for _, event in pipe.poll(0))
+        if closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file behind it
+        return False
+    return closed
