@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from smalto.data.output_plan import DONE, LOCK, PARTS, PLAN, SAMPLES, SHARD, Plan, written_under
 from smalto.data.shards import CODES, META, VERSION
-from smalto.errors import PathInUse, StorageError
+from smalto.errors import REASONS, PathInUse, StorageError
 from smalto.files import FileLock, write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -280,14 +280,7 @@ class OutputFolder:
         log.info("%s: continuing, %d shards were finished", self.path, len(self.done))
 
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would be larger than this process may write",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "no permission to write",
-    errno.EPERM: "no permission to write",
-}
+_REASONS = REASONS | dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write")
 _WRONG_PATHS = {
     errno.ENOTDIR: "a file is where a folder should be",
     errno.ENAMETOOLONG: "the name is longer than the file system allows",

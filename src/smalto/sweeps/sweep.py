@@ -18,9 +18,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from smalto.endings import report
 from smalto.errors import InputError
 from smalto.files import write_bytes, write_json
 from smalto.redact import redacted, redacted_places
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
 from smalto.sweeps.process import PATIENCE
@@ -103,11 +105,11 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the plan, open the parent run."""
+        begin_work()
         try:
             Sweep.current = begin(config)
         except Exception as error:  # Hydra would warn and go on
-            sys.stderr.write(f"\nsmalto: the sweep cannot begin: {error}\n")
-            sys.exit(1)
+            sys.exit(report("sweep", error))
 
 
 def begin(config: DictConfig) -> Sweep:
@@ -167,6 +169,8 @@ def reported(module: str) -> Iterator[None]:
     sweep, Sweep.current = Sweep.current, None
     if sweep is not None:
         code = sweep.close(error)
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
         if code:
             sys.exit(code)
 
@@ -178,15 +182,21 @@ def is_sweep(folder: Path) -> bool:
 
 def again(folder: Path) -> None:
     """Run the command of the sweep in ``folder`` again, there: what is finished is kept, the rest runs."""
-    told = json.loads((folder / MEMORY).read_text())
-    if told["module"] not in SWEPT_MODULES:
-        raise InputError(f"{folder / MEMORY} names {told['module']!r}, which is no command of smalto that can be swept")
-    if redacted_places(told["arguments"]):
+    try:
+        command = json.loads((folder / MEMORY).read_text())
+        arguments, cwd, module = [*command["arguments"]], command["cwd"], command["module"]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder / MEMORY} keeps no credentials ({' '.join(told['arguments'])}): give the whole command again, "
+            f"{folder / MEMORY} is damaged ({error}); give the sweep's command again with hydra.sweep.dir={folder}"
+        ) from error
+    if module not in SWEPT_MODULES:
+        raise InputError(f"{folder / MEMORY} names {module!r}, which is no command of smalto that can be swept")
+    if redacted_places(arguments):
+        raise InputError(
+            f"{folder / MEMORY} keeps no credentials ({' '.join(arguments)}): give the whole command again, "
             f"with hydra.sweep.dir={folder}"
         )
     place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-    sys.argv[1:] = [*told["arguments"], f"hydra.sweep.dir='{place}'"]
-    os.chdir(told["cwd"])
-    import_module(told["module"]).main()
+    sys.argv[1:] = [*arguments, f"hydra.sweep.dir='{place}'"]
+    os.chdir(cwd)
+    import_module(module).main()
