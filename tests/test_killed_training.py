@@ -4,8 +4,10 @@ import csv
 import json
 import multiprocessing
 import os
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,40 @@ def test_of_two_commands_at_once_one_trains_and_the_other_is_told(tmp_path, whol
         codes = sorted(future.result() for future in [pool.submit(code) for _ in range(2)])
     assert codes == [0, 3]
     assert result(tmp_path) == whole
+
+
+def numbers(database: Path) -> dict[str, list[tuple[str, int, float]]]:
+    """What MLflow has, by run folder."""
+    query = (
+        "SELECT p.value, m.key, m.step, m.value FROM metrics m JOIN params p USING (run_uuid) WHERE p.key = 'run_dir'"
+    )
+    found: dict[str, list[tuple[str, int, float]]] = {}
+    with closing(sqlite3.connect(database)) as connection:
+        for run, *number in connection.execute(query):
+            found.setdefault(Path(run).name, []).append(tuple(number))
+    return {run: sorted(values) for run, values in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_mlflow_has_every_number_once_whatever_was_killed(tmp_path, monkeypatch):
+    import mlflow  # noqa: F401  # once, not in every process
+
+    database = tmp_path / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setattr("test_killed_training.SETTINGS", [s for s in SETTINGS if s != "logger=csv"])
+    assert training(tmp_path / "whole") == 0
+    for dies in (
+        ("before", "on_train_batch_start", 2),  # steps that were logged and not saved
+        ("before", "on_validation_end", 3),
+        ("after", "on_train_batch_end", STEPS),
+        ("before", "on_fit_end", STEPS),
+    ):
+        assert training(tmp_path / "killed", dies=dies) == KILLED
+    assert training(tmp_path / "killed") == 0
+    found = numbers(database)
+    assert found["killed"] == found["whole"]
+    assert len(found["whole"]) == len({number[:2] for number in found["whole"]})
+    assert {(name, step) for name, step, _ in found["whole"] if name == "train/loss"} == {
+        ("train/loss", step) for step in range(STEPS)
+    }

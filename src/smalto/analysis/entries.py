@@ -43,11 +43,18 @@ def ended(status: str) -> Entry:
     return {"status": status, "time": int(time.time() * 1000)}
 
 
+def last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """Up to which step a run has each of its numbers."""
+    names = client.get_run(run_id).data.metrics
+    return {name: max(point.step for point in client.get_metric_history(run_id, name)) for name in names}
+
+
 def send(client: MlflowClient, run_id: str, entry: Entry, base: Path) -> None:
     """Write one entry to a run; files are looked for in ``base`` if they do not say where they are."""
     match entry:
         case {"metrics": rows}:
-            client.log_batch(run_id, metrics=[Metric(*row) for row in rows])
+            if rows:
+                client.log_batch(run_id, metrics=[Metric(*row) for row in rows])
         case {"params": values}:
             items = [Param(key, value) for key, value in values.items()]
             for start in range(0, len(items), 100):

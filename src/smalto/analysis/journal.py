@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from smalto.analysis.entries import REFUSED, Entry, is_refusal, pieces, send, texts
+from smalto.analysis.entries import REFUSED, Entry, is_refusal, last_steps, pieces, send, texts
 from smalto.analysis.store import experiment_id
 from smalto.errors import StorageError
 from smalto.files import write_bytes
@@ -82,6 +82,7 @@ class Journal:
         self.header = first | (header or {}) | ({"key": first["key"]} if first else {})
         self._origin: list[Entry] = []
         self._begun = False
+        self._last: dict[str, int] = {}
         self._lock, self._delivering = threading.Lock(), threading.Lock()
         self._handle: FileIO | None = None
         self._head = 0
@@ -126,8 +127,10 @@ class Journal:
                 self._begin(client)
             while batch := self._next():
                 count, entry = batch
+                entry, last = self._new(entry)
                 if not self._send(client, entry):
                     continue  # a new run has begun, its origin goes first
+                self._last = last
                 with self._lock:
                     del self._waiting[:count]
             self._empty()
@@ -183,6 +186,7 @@ class Journal:
         if gone:
             log.warning("run %s is not in MLflow, or was deleted there: it goes on as run %s", self.run_id, run_id)
         self.run_id = run_id
+        self._last = last_steps(client, run_id)
         self._on_begin(run_id)
         self._begun = True
 
@@ -190,6 +194,18 @@ class Journal:
         tags = resolve_tags(self.header["tags"]) | {KEY: key}
         name, start = self.header["run_name"], self.header["start"]
         return client.create_run(experiment, start_time=start, tags=tags, run_name=name).info.run_id
+
+    def _new(self, entry: Entry) -> tuple[Entry, dict[str, int]]:
+        """An entry without the numbers that the run has, which a continued run makes again; and what it has then."""
+        if "metrics" not in entry:
+            return entry, self._last
+        rows, last = [], dict(self._last)
+        for row in entry["metrics"]:
+            name, step = row[0], row[3]
+            if step > last.get(name, -1):
+                last[name] = step
+                rows.append(row)
+        return {"metrics": rows}, last
 
     def _send(self, client: MlflowClient, entry: Entry) -> bool:
         """Whether an entry is done with; if not, its run was gone and another has begun."""
