@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from smalto.errors import InputError
 from smalto.files import write_bytes
+from smalto.tasks.pickles import check_pickle
 from smalto.tasks.torch_file import DAMAGE, check_archive, read_torch_file
 
 Place = tuple[Any, ...]
@@ -84,6 +85,7 @@ class _Reader(FileSystemReader):
         content, checksum = (Path(self.path) / INDEX).read_bytes(), Path(self.path) / INDEX_CHECKSUM
         if self.verify and checksum.exists() and checksum.read_text().strip() != f"{zlib.crc32(content):08x}":
             raise ValueError(f"the checksum of {INDEX} differs")
+        check_pickle(io.BytesIO(content))
         metadata: Metadata = _Unpickler(io.BytesIO(content)).load()
         check_index(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
