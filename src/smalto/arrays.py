@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-
 _LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field end the fixed part of a zip member's header
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,

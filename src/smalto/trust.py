@@ -33,7 +33,8 @@ def check_own(folder: Path, *names: str) -> None:
 
 def _owner_of_new_files(folder: Path) -> int | None:
     """Whose a file is that this process makes there: some file systems say another number (NFS that takes root for
-    nobody, user namespaces, mounts with one owner), and what has it is as much this user's as anything there."""
+    nobody, user namespaces, mounts with one owner), and what has it is as much this user's as anything there.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_uid

@@ -1,6 +1,7 @@
 """Pickles that are small and make, or say that they make, more than there is: refused before they are loaded."""
 
 import io
+import os
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -9,6 +10,9 @@ import torch
 
 from fuzzing import survives
 from official_files import saved
+from smalto.evaluation.begun import Begun
+from smalto.tasks.checkpoint import read_checkpoint
+from smalto.tasks.safetensors import write_safetensors
 from smalto.tasks.sharded_folder import INDEX, INDEX_CHECKSUM, damage, read_folder
 from smalto.tasks.torch_file import read_torch_file
 from tasks.test_integrity import folder_of
@@ -82,3 +86,26 @@ def test_what_is_shared_in_good_faith_is_read(tmp_path):
     shared = {"betas": (0.9, 0.95), "names": ["a" * 100] * 50}
     content = {f"group{i}": [shared, (shared["betas"],) * 3] for i in range(500)}
     assert read_torch_file(saved(tmp_path / "x.ckpt", content)) == content
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_measurement_put_aside_by_somebody_else_begins_anew(name, tmp_path):
+    class Sums:
+        def state(self) -> dict[str, int]:
+            return {"sum": 0}
+
+        def load_state(self, state: dict[str, int]) -> None:
+            assert state == {"sum": 0}
+
+    path = in_archive(tmp_path, HOSTILE[name])
+    begun = Begun(path, Sums())
+    assert survives(lambda path: begun.restore(), path) is None
+    assert not path.exists()
+
+
+def test_pipes_are_no_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "x.ckpt")
+    assert "no plain file" in str(survives(read_torch_file, tmp_path / "x.ckpt"))
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    os.mkfifo(tmp_path / "x.json")
+    assert "no plain file" in str(survives(read_checkpoint, tmp_path / "x.safetensors"))

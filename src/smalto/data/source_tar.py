@@ -115,7 +115,7 @@ class Tar(Source):
         if meta.is_file():
             try:
                 return list(map(str, json.loads(meta.read_text()).get("classes", [])))
-            except (ValueError, AttributeError, TypeError) as error:
+            except (ValueError, AttributeError, TypeError, RecursionError) as error:
                 raise InputError(f"{meta} is not a smalto {META} ({error}); set source.classes, or move it") from error
         return class_order(label for label in self._labels[0] if isinstance(label, str))
 

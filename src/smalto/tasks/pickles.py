@@ -54,6 +54,7 @@ def check_pickle(file: IO[bytes], known: re.Pattern[str] | None = None) -> None:
             memo[place] = stack[-1]
             continue
         if name.endswith("GET"):
+            assert argument is not None
             stack.append(memo[int(argument)])
             continue
         taken: list[_Made] = []
