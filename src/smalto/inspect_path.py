@@ -32,6 +32,8 @@ from smalto.tasks.sharded_folder import folder_bytes, is_folder, read_folder
 
 log = logging.getLogger(__name__)
 
+MOST_PIXELS = 2048
+"""Side of images that are decoded from codes."""
 MOST_SETTINGS = 2**20
 """Bytes of a config.yaml, or of another short file of a run; they have some thousand."""
 
@@ -190,7 +192,15 @@ def decoded_codes(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tenso
     if not file.is_file():
         log.info("no picture: the tokenizer %s is not there; give tokenizer_ckpt=PATH", file)
         return None
-    loaded = load_tokenizer(file, image_size=meta["image_size"])
+    size = meta.get("image_size")
+    if size is not None and not (isinstance(size, int) and size <= MOST_PIXELS):
+        log.warning("no picture: images of %s px are too large to decode a dozen of them", size)
+        return None
+    loaded = load_tokenizer(file, image_size=size)
+    shape = [list(scale) for scale in loaded.code_shape]
+    if (shape, loaded.codebook_size) != (meta["code_shape"], meta["codebook_size"]):
+        log.warning("no picture: %s has %d codes in grids %s", file, loaded.codebook_size, shape)
+        return None
     if loaded.fingerprint != written.get("fingerprint"):
         log.warning("no picture: %s has other weights than those that wrote the codes; give tokenizer_ckpt=PATH", file)
         return None

@@ -44,10 +44,10 @@ def code_facts(path: Path, meta: dict[str, Any]) -> Facts:
         "classes": _classes(meta),
         "grid": " + ".join(f"{h}x{w}" for h, w in meta["code_shape"]),
         "codebook": f"{meta['codebook_size']} codes, stored as {meta['dtype']}",
-        "crops": f"{len(meta['crops'])} of each image, ranges {meta['crop_range']}",
+        "crops": f"{len(meta['crops'])} of each image, ranges {meta.get('crop_range')}",
         "text": f"features of width {text['dim']}" if text else "no",
         "tokenizer": f"{meta['tokenizer']['path']}, weights {meta['tokenizer']['fingerprint']}",
-        "images": meta["images"]["path"],
+        "images": (meta.get("images") or {}).get("path", "unknown"),
     }
 
 
