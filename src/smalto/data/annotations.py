@@ -166,17 +166,17 @@ def check_labels(
             "are not needed to train a tokenizer)"
         )
     for i in records:
-        label = labels[i]
+        label, where = labels[i], one_line(name(i))
         if not isinstance(label, int):
             continue
         if not 0 <= label <= MAX_LABEL:
             raise InputError(
-                f"{one_line(name(i))}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where there is "
-                "no label, or take the images without labels"
+                f"{where}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where there "
+                "is no label, or take the images without labels"
             )
         if classes and label >= len(classes):
             raise InputError(
-                f"{one_line(name(i))}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
+                f"{where}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
             )
 
 

@@ -63,8 +63,9 @@ def _inner_path(cells: dict[str, Any], place: str) -> str:
     """Where the file of a row is; never outside the folder, whatever the table says: it came with the images."""
     value = next((cells[key] for key in PATH if cells.get(key)), None)
     if not value:
+        columns = ", ".join(map(one_line, cells)) or "none"
         raise InputError(
-            f"{place}: the table has rows without path; its columns are {', '.join(map(one_line, cells)) or 'none'}, and "
+            f"{place}: the table has rows without path; its columns are {columns}, and "
             f"each row needs {' or '.join(PATH)}: the file's place below source.path"
         )
     if not isinstance(value, str):
