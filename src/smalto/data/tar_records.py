@@ -44,8 +44,8 @@ def roles(key: str, suffixes: Iterable[str], where: object) -> Roles | None:
     if len(images) > 1:
         names = one_line(", ".join(f"{key}.{suffix}" for suffix in images[:5]))
         raise InputError(
-            f"{where} holds {len(images)} images with the key {one_line(key)} ({names}): a key ends at the first dot of "
-            "a name, and is one image; write the tar with other names"
+            f"{where} holds {len(images)} images with the key {one_line(key)} ({names}): a key ends at the first dot "
+            "of a name, and is one image; write the tar with other names"
         )
     before = images[0].rpartition(".")[0]
 
