@@ -16,7 +16,7 @@ DATA   := $(OUT)/data
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit smoke bench format mlflow notebooks clean resume sample evaluate \
+.PHONY: help setup demo test test-processors check unit smoke bench format mlflow notebooks clean resume sample evaluate \
 	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl train-3b \
 	train-t2i-xl-stage1 train-t2i-xl-stage2 ablate-tokenizer sweep-scaling
 
@@ -79,6 +79,19 @@ unit: $(READY) ## unit tests
 
 smoke: $(READY) ## prepare, train, extract, train, sample, evaluate as commands, on tiny data
 	$(PYTEST) -m chain
+
+# Which kernels run, and with them the last bits of results, depends on the processor and on the number of threads.
+COMPUTING = tests/nn tests/losses tests/models tests/tokenizers tests/sampling tests/metrics tests/evaluation tests/tasks
+
+test-processors: $(READY) ## not in test: what computes, with each kind of kernels this processor has, one and two threads
+	@failed=; for setting in $$($(PY) -c "import torch; \
+	    kinds = ['default', 'avx2', 'avx512']; best = torch.backends.cpu.get_cpu_capability().lower(); \
+	    print(*(f'ATEN_CPU_CAPABILITY={kind}' for kind in kinds[:kinds.index(best) + 1] if best in kinds))") \
+	    ONEDNN_MAX_CPU_ISA=AVX2; do for threads in 1 2; do \
+	  echo "== $$setting, $$threads threads"; \
+	  env $$setting OMP_NUM_THREADS=$$threads $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile \
+	    -m "not slow and not gpu and not chain" $(COMPUTING) || failed="$$failed $$setting:$$threads"; \
+	done; done; test -z "$$failed" || { echo "failed with$$failed"; exit 1; }
 
 bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
 	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)

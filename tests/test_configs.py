@@ -52,7 +52,10 @@ def assert_targets_exist(config: DictConfig) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes_and_its_classes_exist(option):
-    needs_tokenizer_task = option.split("=")[0] in ("discriminator", "perceptual") or option == "callbacks=tokenizer"
+    needs_tokenizer_task = option.split("=")[0] in ("discriminator", "perceptual") or option in (
+        "callbacks=tokenizer",
+        "ablation=adaptive_gan",
+    )
     task = [] if option.startswith("task=") else [f"task={'tokenizer' if needs_tokenizer_task else 'gpt'}"]
     assert_targets_exist(compose("train", [option, *task, "run_dir=x"]))
 

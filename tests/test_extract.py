@@ -175,6 +175,31 @@ def test_an_interrupted_job_goes_on_at_the_block(images, tmp_path):
     assert not (tmp_path / "cut" / "parts").exists()
 
 
+def test_a_block_without_its_end_is_encoded_again(images, tmp_path):
+    """Older versions may have left one after a power cut."""
+    extract(images, tmp_path / "whole", crop_range=[1.25])
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, tmp_path / "cut", Stub(tokenizer=Stops()), crop_range=[1.25], batch_size=70)
+    for size in (-1, 0):
+        folder = shutil.copytree(tmp_path / "cut", tmp_path / f"cut{size}")
+        part = folder / "parts" / "train-000003.npy"
+        part.write_bytes(part.read_bytes()[:size])
+        extract(images, folder, crop_range=[1.25])
+        assert digests(folder) == digests(tmp_path / "whole")
+
+
+def test_a_refused_job_keeps_what_it_was_to_replace(images, tmp_path):
+    extract(images, tmp_path / "out", crops="center")
+    was = digests(tmp_path / "out")
+    broken = shutil.copytree(images, tmp_path / "images")
+    shard = broken / "val-00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"ustar", b"USTAR"))
+    with pytest.raises(ValueError, match=r"val-00000.tar is not a plain tar"):
+        extract(broken, tmp_path / "out", crops="center_flip", overwrite=True)
+    assert digests(tmp_path / "out") == was
+    assert extract(images, tmp_path / "out", crops="center")["status"] == "reused"
+
+
 def test_running_again_reuses(images, tmp_path):
     extract(images, tmp_path, crop_range=[1.25])
     Averages.calls = 0

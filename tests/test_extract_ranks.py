@@ -1,5 +1,6 @@
 """Extraction shared by processes, with text, and the authors' layout."""
 
+import errno
 import hashlib
 
 import numpy as np
@@ -12,6 +13,7 @@ from smalto.data.npy_export import export_npy
 from smalto.data.npy_import import import_codes
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES, IMAGES, read_meta, tar_members
+from smalto.files import FileLock
 from test_extract import CODEBOOK, GRID, SIZE, Stops, Stub, codes_of, digests, extract, images  # noqa: F401
 
 RANGES = [1.25, 1.5]
@@ -155,6 +157,37 @@ def test_there_and_back_is_the_same(images, tmp_path):  # noqa: F811
     assert imported({"train": train, "val": val}, tmp_path / "back")["status"] == "reused"
     again = export_npy(tmp_path / "back", tmp_path / "again")
     assert [npy_files(folder) for folder in again] == [npy_files(train), npy_files(val)]
+
+
+def test_an_export_that_was_interrupted_leaves_nothing_that_a_later_one_takes(images, tmp_path, monkeypatch):  # noqa: F811
+    extract(images, tmp_path / "codes", crop_range=[1.1])
+    ours = tmp_path / "npy_flip_ten_crop.0123abcd.tmp" / f"imagenet{SIZE}_codes"  # killed: of a larger set
+    ours.mkdir(parents=True)
+    np.save(ours / "100000.npy", np.zeros(1))
+    (tmp_path / "npy_flip_ten_crop.tmp").mkdir()  # not a name that we give
+    (tmp_path / "npy_val_flip_ten_crop").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="npy_val_flip_ten_crop exists already"):
+        export_npy(tmp_path / "codes", tmp_path / "npy")
+    assert {path.name for path in tmp_path.iterdir()} == before, "refused before anything is written"
+    (tmp_path / "npy_val_flip_ten_crop").rmdir()
+    real, calls = np.save, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2 * 45:  # in the validation images
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            export_npy(tmp_path / "codes", tmp_path / "npy")
+    assert {path.name for path in tmp_path.iterdir()} == {"codes", "npy_flip_ten_crop.tmp"}
+    train = export_npy(tmp_path / "codes", tmp_path / "npy")[0]
+    assert len(list(train.rglob("*.npy"))) == 2 * codes_of(tmp_path / "codes").num_train
+    with FileLock(tmp_path / "other.lock"), pytest.raises(FileExistsError, match="in use"):
+        export_npy(tmp_path / "codes", tmp_path / "other")
 
 
 def authors_files(folder, count, crops, *, codes=lambda i, c: np.full(GRID * GRID, i + c)):

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, whoever writes beside us; a lock is one process's and follows no link."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from smalto.errors import PathInUse, StorageError
-from smalto.files import TEMPORARY, FileLock, replacing, write_bytes
+from smalto.files import TEMPORARY, FileLock, alone_in, replacing, write_bytes
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
@@ -74,3 +75,16 @@ def test_what_is_in_a_lock_file_of_another_form_does_not_matter(tmp_path):
     with FileLock(tmp_path / "lock", keep=True) as lock:
         assert lock.owner().startswith("process ")
     assert (tmp_path / "lock").exists()
+
+
+def test_a_folder_is_held_once_and_by_one(tmp_path):
+    with alone_in(tmp_path / "made"):
+        with alone_in(tmp_path / "made" / ".." / "made"):  # by whom it is held already
+            pass
+        other = FileLock(tmp_path / "made" / ".lock")
+        assert not other.try_acquire()
+    with other, pytest.raises(PathInUse, match=rf"in use by process {os.getpid()} on .*wait until it has ended"):
+        alone_in(tmp_path / "made").__enter__()
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/in cannot be written to: Not a directory"):
+        alone_in(tmp_path / "file" / "in").__enter__()

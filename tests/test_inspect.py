@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from smalto import inspect_path, train
-from smalto.cli import quoted
+from smalto.arguments import quoted
 from smalto.data.codes import CodeReader
 from smalto.data.shards import CODES, IMAGES, read_meta
 from smalto.runtime import compose

@@ -323,6 +323,20 @@ def test_all_wrong_settings_are_told_at_once(tmp_path):
         prepare(Squares(), tmp_path, split="some", val_fraction=1, limit=0, shard_size=0, workers=-1, max_rejected=-1)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_that_could_not_begin_refuses_no_other_and_loses_nothing(tmp_path, overwrite):
+    if overwrite:
+        prepare(Squares(), tmp_path / "d")
+    was = digests(tmp_path / "d")
+    with pytest.raises(ValueError, match="belongs to no split"):
+        prepare(Squares(), tmp_path / "d", split="source", overwrite=overwrite)
+    assert (tmp_path / "d").exists() is overwrite
+    assert digests(tmp_path / "d") == was
+    with pytest.raises(ValueError, match="max_rejected is 0"):  # known only on the way, but before a shard is there
+        prepare(Squares(bad=[0, 1, 2]), tmp_path / "d", shuffle=False, overwrite=overwrite)
+    assert prepare(Squares(bad=[0]), tmp_path / "d", limit=20, max_rejected=1)["num_train"] > 10
+
+
 def test_command_with_its_config(tmp_path):
     out = tmp_path / "fashion"
     overrides = [

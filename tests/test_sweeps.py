@@ -116,7 +116,8 @@ def test_a_sweep_outlives_failures_and_kill_and_is_continued(tmp_path):
     lock.release()
 
     (folder / "later").touch()
-    again = [sys.executable, "-m", "smalto", "resume", str(folder)]
+    known = "from smalto.sweeps import sweep; sweep.SWEPT_MODULES.add('toy_verb')"  # else only our commands are
+    again = [sys.executable, "-c", f"{known}; from smalto.resume import main; main()", str(folder)]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1, done.stderr
     rows = {line.split()[0]: line.split()[2:3] for line in done.stdout.splitlines() if "  seed=" in line}

@@ -1,12 +1,19 @@
 """``smalto train`` as a function: one folder a run, continued by the same call, never overwritten by another."""
 
+import csv
 import json
 import os
+import re
+import shutil
 import signal
+from zipfile import ZipFile
 
+import lightning as L
 import pytest
 
 from smalto import train
+from smalto.errors import InputError, PathInUse, StorageError
+from smalto.files import FileLock, alone_in
 from smalto.runtime import compose
 from tiny_tasks import TINY_GPT
 
@@ -63,19 +70,107 @@ def test_a_run_that_failed_before_training_leaves_its_folder_free(tmp_path):
     train.run(config(tmp_path / "run"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    whole = train.run(config(tmp_path / "whole", "callbacks.checkpoint.keep=0"))
-    train.run(config(tmp_path / "run", "callbacks.checkpoint.keep=0"))
-    newest = tmp_path / "run/checkpoints/step_00000006.ckpt"
-    newest.write_bytes(newest.read_bytes()[:1000])
+def cut(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+
+
+def flip(checkpoint):
+    """One bit of the largest tensor."""
+    with ZipFile(checkpoint) as archive:
+        largest = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+    data = checkpoint.read_bytes()
+    changed = bytearray(largest)
+    changed[len(changed) // 2] ^= 8
+    checkpoint.write_bytes(data.replace(largest, changed, 1))
+
+
+@pytest.mark.parametrize(("damage", "how"), [(cut, "truncated"), (flip, ".*/data/.* is not what was written")])
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, damage, how):
+    first = train.run(config(tmp_path / "run", "callbacks.checkpoint.keep=0"))
+    damage(tmp_path / "run/checkpoints/step_00000006.ckpt")
     (tmp_path / "run/metrics.json").unlink()
     again = train.run(config(tmp_path / "run", "callbacks.checkpoint.keep=0"))
-    assert again["val/loss"] == whole["val/loss"]
+    assert again["val/loss"] == first["val/loss"]
+    said = (tmp_path / "run/train.log").read_text()
+    assert re.search(rf"step_00000006.ckpt is damaged \({how}\).*step_00000004.ckpt is the newest whole one", said)
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"), [(1, "the only checkpoint .*step_00000006.ckpt is"), (2, "all 2 checkpoints")]
+)
+def test_a_run_of_which_no_checkpoint_is_whole_stops_until_it_is_told_to_begin_anew(tmp_path, keep, said):
+    settings = [f"callbacks.checkpoint.keep={keep}"]
+    first = train.run(config(tmp_path / "run", *settings))
+    for checkpoint in (tmp_path / "run/checkpoints").glob("step_*"):
+        (flip if keep == 1 else cut)(checkpoint)
+    (tmp_path / "run/metrics.json").unlink()
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=f"{said}.* damaged.*overwrite=true"):
+        train.run(config(tmp_path / "run", *settings))
+    with pytest.raises(InputError, match=r"seed: 0 -> 1"):  # nor is the folder free for another run
+        train.run(config(tmp_path / "run", *settings, "seed=1"))
+    assert contents(tmp_path / "run").items() >= before.items()
+    again = train.run(config(tmp_path / "run", *settings, "overwrite=true"))
+    assert again["val/loss"] == first["val/loss"]
+
+
+def contents(folder):
+    """Every file but the log, with its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train.log"}
+
+
+def test_a_folder_in_which_somebody_trains_is_not_touched(tmp_path):
+    train.run(config(tmp_path / "run"))
+    (tmp_path / "run/metrics.json").unlink()
+    for setting in ("seed=0", "overwrite=true"):
+        with FileLock(tmp_path / "run/.lock"):
+            before = contents(tmp_path / "run")
+            with pytest.raises(
+                PathInUse, match=rf"run is in use by process {os.getpid()} on .*wait until it has ended"
+            ):
+                train.run(config(tmp_path / "run", setting))
+            assert contents(tmp_path / "run") == before
+    with alone_in(tmp_path / "run"):  # the job of a sweep, which holds its folder
+        train.run(config(tmp_path / "run"))
+    assert not (tmp_path / "run/.lock").exists()
+
+
+@pytest.mark.parametrize("logger", ["csv", "none"])
+def test_a_run_folder_that_is_removed_ends_the_run_with_one_message(tmp_path, monkeypatch, logger):
+    def remove(self, trainer, pl_module, *args):
+        if trainer.global_step == 3:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    monkeypatch.setattr(L.Callback, "on_train_batch_start", remove)
+    with pytest.raises(StorageError, match=r"run/(checkpoints|logs).* (is gone|was the run folder removed)"):
+        train.run(config(tmp_path / "run", f"logger={logger}"))
+    assert not list(tmp_path.rglob("*.ckpt")), "a run without its config was begun in its place"
+
+
+def rows(folder):
+    with (folder / "logs/metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v and "_per_second" not in k} for row in csv.DictReader(file)]
+
+
+def test_rows_of_a_run_that_saved_nothing_do_not_stand_for_those_of_other_settings(tmp_path):
+    def stop(*args):
+        raise RuntimeError("before anything is saved")
+
+    every = "trainer.log_every_n_steps=1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smalto.callbacks.checkpoint.LatestCheckpoint.save", stop)
+        with pytest.raises(RuntimeError, match="before"):
+            train.run(config(tmp_path / "run", every))
+    assert rows(tmp_path / "run")
+    train.run(config(tmp_path / "run", every, "seed=1", "~callbacks.throughput"))
+    train.run(config(tmp_path / "whole", every, "seed=1", "~callbacks.throughput"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_end_of_the_step_and_the_same_call_goes_on(tmp_path, monkeypatch, number):
-    whole = train.run(config(tmp_path / "whole"))
+    every = ["trainer.log_every_n_steps=1", "~callbacks.throughput"]
+    whole = train.run(config(tmp_path / "whole", *every))
     from smalto.tasks.gpt import GPTTask
 
     step = GPTTask.training_step
@@ -89,12 +184,11 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_same_call_goes_on(tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(GPTTask, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config(tmp_path / "run"))
+            train.run(config(tmp_path / "run", *every))
     assert (tmp_path / "run/checkpoints/step_00000003.ckpt").exists()
     assert signal.getsignal(signal.SIGINT) is before
-    again = train.run(config(tmp_path / "run"))
-    for key in ("train/loss", "val/loss", "val/accuracy"):
-        assert again[key] == whole[key], f"{key} differs after an interruption"
+    assert train.run(config(tmp_path / "run", *every)) == whole
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_ckpt_path_last_is_the_newest_of_the_run(tmp_path):

@@ -32,14 +32,22 @@ def run(config: DictConfig) -> dict[str, Any]:
     """
     source, out = Path(config["in"]), Path(config.out)
     check_options(config, source, out)
-    hints = Hints(**{key: config[key] for key in ("image_size", "downsample_factor", "num_heads", "l2_norm")})
+    hints = Hints(**{key: config[key] for key in ("image_size", "downsample_factor", "num_heads", "l2_norm", "force")})
     tokenizer = None
     if config.tokenizer_ckpt is not None:
-        tokenizer = read_weights(config.tokenizer_ckpt, hints=Hints(l2_norm=config.l2_norm))
+        tokenizer = read_weights(
+            config.tokenizer_ckpt, hints=Hints(l2_norm=config.l2_norm, force=config.force), verify=config.verify
+        )
         if tokenizer.kind != "tokenizer":
             raise InputError(f"tokenizer_ckpt={config.tokenizer_ckpt} holds a {tokenizer.kind}, give a tokenizer")
-        hints = replace(hints, downsample_factor=hints.downsample_factor or downsample_factor(tokenizer.net))
-    weights = read_weights(source, hints=hints, which=config.weights)
+        factor = downsample_factor(tokenizer.net)
+        if hints.downsample_factor not in (None, factor):
+            raise InputError(
+                f"downsample_factor is {hints.downsample_factor}, the tokenizer {config.tokenizer_ckpt} has {factor}; "
+                "leave it out"
+            )
+        hints = replace(hints, downsample_factor=factor)
+    weights = read_weights(source, hints=hints, which=config.weights, verify=config.verify)
     weights = apply_hints(weights, tokenizer, config, source)
     if tokenizer is not None:
         weights = with_tokenizer(weights, tokenizer, paths=(source, Path(config.tokenizer_ckpt)))
@@ -63,6 +71,11 @@ def check_options(config: DictConfig, source: Path, out: Path) -> None:
         problems.append(f"format is {config.format!r}, must be one of {', '.join(FORMATS)}")
     elif (out.suffix == SUFFIX) != (config.format == "safetensors"):
         problems.append(f"out={out} and format={config.format}: safetensors files, and only they, end in {SUFFIX}")
+    for key in ("overwrite", "force", "verify"):
+        if not isinstance(config[key], bool):
+            problems.append(f"{key} is {config[key]!r}, must be true or false")
+    if config.l2_norm not in (None, True, False):
+        problems.append(f"l2_norm is {config.l2_norm!r}, must be true or false")
     if config.weights not in (None, "ema", "model"):
         problems.append(f"weights is {config.weights!r}, must be ema or model")
     for key in ("image_size", "downsample_factor", "num_heads"):
@@ -99,13 +112,24 @@ def apply_hints(weights: Weights, tokenizer: Weights | None, config: DictConfig,
             raise InputError(
                 f"image_size is {net['image_size']}, {source} needs a multiple of {downsample_factor(net)}"
             )
-        if config.l2_norm is not None:
+        said = net["quantizer"].get("l2_norm", True)
+        if config.l2_norm not in (None, said):
+            if not config.force:
+                raise InputError(
+                    f"l2_norm is {config.l2_norm}, the config in {source} says {said}; leave it out, or give "
+                    "force=true if the file is wrong"
+                )
             net["quantizer"] = net["quantizer"] | {"l2_norm": config.l2_norm}
         return replace(weights, config=weights.config | {"task": weights.config["task"] | {"net": net}})
     if config.num_heads not in (None, net["num_heads"]):
         raise InputError(f"num_heads is {config.num_heads}, {source} says {net['num_heads']}; leave it out")
     carried = weights.tokenizer_config if tokenizer is None else tokenizer.net
     factor = config.downsample_factor or (downsample_factor(carried) if carried else None)
+    if carried and factor != downsample_factor(carried):
+        raise InputError(
+            f"downsample_factor is {factor}, the tokenizer inside {source} has {downsample_factor(carried)}; "
+            "leave it out"
+        )
     side = net["code_shape"][0][0]
     if config.image_size is not None and factor is not None and config.image_size != side * factor:
         raise InputError(

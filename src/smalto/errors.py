@@ -3,6 +3,8 @@
 Each class is also the built-in that fits, for those who call smalto as a library.
 """
 
+import errno
+
 
 class UserError(Exception):
     """Something given or found that cannot be used: the message says what, the rule, and what helps."""
@@ -22,3 +24,23 @@ class PathInUse(UserError, FileExistsError):
 
 class StorageError(UserError, OSError):
     """A disk or file system that refuses."""
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than this process may write",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network file system lost a file",
+    errno.EMFILE: "this process may open no more files (ulimit -n)",
+    errno.ENFILE: "this machine may open no more files",
+    errno.ENOMEM: "not enough memory",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links that lead round in a circle",
+    errno.ENOTDIR: "a part of the path is no folder",
+    errno.EEXIST: "something else is in the way",
+}
+"""What the system means by the errors that no program can help: full disks, rights, limits, impossible paths."""

@@ -50,7 +50,7 @@ def run(config: DictConfig) -> dict[str, float]:
     check(config)
     loaded = None
     if config.ckpt is not None:
-        loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema)
+        loaded = load_task(config.ckpt, tokenizer_ckpt=config.tokenizer_ckpt, ema=config.ema, verify=config.verify)
     with Ranks() as ranks, ExitStack() as stack:
         job = Job(config, ranks, loaded, requested(config))
         networks = Networks(config, job)

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from smalto.data.ranks import Ranks
 from smalto.errors import InputError
 from smalto.metrics.reference import Kind
-from smalto.runtime import build, results_folder, wanted_device
+from smalto.runtime import results_folder, wanted_device
 from smalto.tasks.checkpoint import LoadedTask
-from smalto.tasks.targets import check_targets
+from smalto.tasks.contents import section
+from smalto.tasks.registry import factory
 
 log = logging.getLogger(__name__)
 
@@ -98,18 +99,17 @@ def reference_images(job: Job) -> tuple[Path, int | None]:
     if config.reference is not None:
         return Path(config.reference), size
     assert loaded is not None
-    node = loaded.config.get("data") or {}
-    if loaded.kind == "gpt":
-        node = ((loaded.config.get("callbacks") or {}).get("generation") or {}).get("reference") or {}
-    if "path" not in node:
+    places = ("data",) if loaded.kind == "tokenizer" else ("callbacks", "generation", "reference")
+    path = section(loaded.config, *places).get("path")
+    if not isinstance(path, str) or not path:
         raise InputError(f"{config.ckpt} knows of no reference images; give reference=IMAGES: a folder, .npz or shards")
-    return Path(node["path"]), size
+    return Path(path), size
 
 
 def requested(config: DictConfig) -> dict[str, Any]:
     """All settings that decide the numbers; what is in the files they name is added by `smalto.evaluate`."""
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save"):
+    for key in ("paths", "out", "device", "mlflow", "overwrite", "batch_size", "save", "verify"):
         plain.pop(key)
     return plain
 
@@ -124,13 +124,15 @@ def decoder(loaded: LoadedTask) -> Any:
 
 def code_shards(loaded: LoadedTask) -> Any:
     """The codes the generator was trained on, None if they are gone."""
-    node = loaded.config.get("data")
+    node = section(loaded.config, "data")
     if not node:
         log.warning("no validation loss: the checkpoint does not say on which codes it was trained")
         return None
-    check_targets(node)
+    if node.get("_target_") != "smalto.data.codes.CodeShards":
+        log.warning("no validation loss: of a checkpoint's data only shards of codes are read (smalto extract)")
+        return None
+    data = factory(node, "codes", where="the config in the checkpoint")()
     try:
-        data = build(node)
         data.setup("validate")
     except FileNotFoundError as error:
         log.warning("no validation loss: %s", error)

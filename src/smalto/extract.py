@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Extract or import what ``config`` (conf/extract.yaml) asks for; the summary of ``extract_codes``."""
     if config.to_npy is not None and config.from_npy is None and (Path(config.out) / META).exists():
         return _export(config, {"out": config.out, "status": "reused"})  # needs no tokenizer
-    tokenizer = load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size)
+    tokenizer = load_tokenizer(config.tokenizer_ckpt, image_size=config.image_size, verify=config.verify)
     if config.from_npy is None:
         return _export(config, _extract(config, tokenizer))
     given: Any = OmegaConf.to_container(config.from_npy) if OmegaConf.is_dict(config.from_npy) else config.from_npy
@@ -180,6 +180,7 @@ def extract_codes(
                 check_range(reader.labels, meta["num_classes"], f"{split} in {data}")
         net = tokenizer.tokenizer.to(place)
         described |= _agreement(net, readers, size, ranges, CROPS[crops], place) if bf16 else {}
+        _by_the_first(ranks, folder.begin)
         writer = CodeWriter(
             folder=folder,
             ranks=ranks,
@@ -240,17 +241,22 @@ def _agreement(
 def _opened_by_the_first(folder: OutputFolder, ranks: Ranks) -> Iterator[bool]:
     """Whether the folder is finished already; if the first rank cannot open it, no rank goes on."""
     with ExitStack() as stack:
-        failure: Exception | None = None
-        try:
-            stack.enter_context(folder)
-        except (OSError, ValueError) as error:
-            failure = error
-        problem, finished = ranks.share((failure and str(failure), folder.finished is not None))
-        if failure is not None:
-            raise failure
-        if problem:
-            raise InputError(f"the first process stopped: {problem}")
-        yield finished
+        _by_the_first(ranks, lambda: stack.enter_context(folder))
+        yield ranks.share(folder.finished is not None)
+
+
+def _by_the_first(ranks: Ranks, action: Callable[[], object]) -> None:
+    """What the first rank does for all (nothing, in others); if it cannot, no rank goes on."""
+    failure: Exception | None = None
+    try:
+        action()
+    except (OSError, ValueError) as error:
+        failure = error
+    problem = ranks.share(failure and str(failure))
+    if failure is not None:
+        raise failure
+    if problem:
+        raise InputError(f"the first process stopped: {problem}")
 
 
 def _check(

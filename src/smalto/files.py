@@ -25,17 +25,24 @@ TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """A name beside ``path`` to write a file to, the writer's own; it becomes ``path`` when the block ends well.
 
     On the disk before it has the name, so that a power cut leaves the old file or the new one. Several processes may
     do this to one path at a time: each writes a file of its own, and the last one stays.
+
+    Args:
+        path: of the file.
+        lasting: False: not on the disk yet, for one of many small files that are looked at before they are trusted.
     """
     temporary = temporary_name(path)
     try:
         yield temporary
-        sync(temporary)
-        commit(temporary, path)
+        if lasting:
+            sync(temporary)
+            commit(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -172,6 +179,43 @@ class FileLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.release()
+
+
+_held: set[Path] = set()
+
+
+@contextmanager
+def alone_in(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold ``folder``, which is made if it is missing; within it once more is no second time.
+
+    Args:
+        folder: where only one may work.
+        patience: seconds to wait for somebody else, who saves and stops.
+
+    Raises:
+        PathInUse: another process works there.
+        StorageError: nothing can be written there.
+    """
+    place = folder.resolve()
+    if place in _held:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(patience=patience)
+    except PathInUse as error:
+        raise PathInUse(f"{error}; wait until it has ended, or stop it, and give the same command again") from None
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written to: {error.strerror or error}; choose another folder"
+        ) from error
+    with lock:
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
 
 
 _OWNER = "process {pid} on {host}"

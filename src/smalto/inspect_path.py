@@ -24,7 +24,9 @@ from smalto.data.transforms import center_crop, to_uint8
 from smalto.errors import InputError, MissingFile
 from smalto.runtime import hydra_main
 from smalto.sampling.sheet import image_sheet
-from smalto.tasks.checkpoint import EMA_KEY, about_run, load_tokenizer, read_checkpoint
+from smalto.tasks.checkpoint import load_tokenizer, read_checkpoint
+from smalto.tasks.contents import EMA_KEY, about_run, section
+from smalto.tasks.integrity import all_tensors, verified
 from smalto.tasks.sharded_folder import folder_bytes, is_folder, read_folder
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ def run(config: DictConfig) -> Facts:
         FileNotFoundError: nothing there.
         ValueError: nothing of smalto's, or something of it is damaged (said after the table).
     """
-    path = Path(config.path)
+    path = Path(config.path or "")
+    if not config.path:
+        raise InputError("path is empty; give a folder of shards or codes, a checkpoint, or a run folder")
     if not path.exists():
         raise MissingFile(f"nothing at {path}; give a folder of shards or codes, a checkpoint, or a run folder")
     meta = shard_meta(path)
@@ -53,7 +57,7 @@ def run(config: DictConfig) -> Facts:
         checked = "every hash" if config.verify else "names and sizes (verify=true compares hashes)"
     elif path.is_file() or is_folder(path):
         facts, problems = checkpoint_facts(path, verify=config.verify)
-        checked = "every weight is a finite number" if config.verify else "readable (verify=true reads all weights)"
+        checked = "every checksum, every weight" if config.verify else "readable (verify=true reads all weights)"
     elif (path / "config.yaml").is_file():
         facts, problems = run_facts(path)
         checked = "checkpoints are whole files"
@@ -73,33 +77,41 @@ def run(config: DictConfig) -> Facts:
 
 
 def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
-    """Of a checkpoint file; problems: weights that are no finite numbers, with ``verify``."""
+    """Of a checkpoint; problems: weights that are no finite numbers, with ``verify``.
+
+    Raises:
+        InputError: none, or with ``verify`` one whose checksums differ.
+    """
     sharded = is_folder(path)
-    checkpoint = read_folder(path, wanted=lambda place: verify) if sharded else read_checkpoint(path)
+    checkpoint = read_folder(path, wanted=lambda place: verify, verify=verify) if sharded else read_checkpoint(path)
+    with verified(path, all_tensors(checkpoint), verify=verify):
+        pass
     about, state = about_run(checkpoint, path), checkpoint["state_dict"]
     sizes: dict[str, int] = {}
     for name, tensor in state.items():
         sizes[name.split(".")[0]] = sizes.get(name.split(".")[0], 0) + tensor.numel()
     size = folder_bytes(path) if sharded else path.stat().st_size
-    averaged = EMA_KEY in checkpoint.get("callbacks", {})
+    averaged = EMA_KEY in section(checkpoint, "callbacks")
     facts = {
         "what": f"checkpoint of a {about['kind']}",
-        "folder" if sharded else "file": f"{size / 2**20:,.1f} MiB, smalto {about['version']}",
+        "folder" if sharded else "file": f"{size / 2**20:,.1f} MiB, smalto {about.get('version')}",
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "averaged weights": "yes" if averaged else "no",
         "optimizer": "yes, training can go on" if checkpoint.get("optimizer_states") else "no",
         "classes": len(about.get("classes") or []),
-        "network": json.dumps(_plain_options(about["config"]["task"]["net"])),
+        "network": json.dumps(_plain_options(section(about["config"], "task", "net"))),
         "parameters and buffers": {name: f"{count:,}" for name, count in sizes.items()},
     }
-    if "data" in about["config"]:
-        facts["data"] = str(about["config"]["data"].get("path", about["config"]["data"].get("_target_")))
+    data = section(about["config"], "data")
+    if data:
+        facts["data"] = str(data.get("path", data.get("_target_")))
     problems = []
     if verify:
         broken = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
         if not sharded:
-            facts["SHA-256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                facts["SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
         problems = [f"{len(broken)} tensors hold NaN or infinity, the first is {broken[0]}"] if broken else []
     return facts, problems
 
@@ -143,12 +155,14 @@ def stored_images(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tenso
 @torch.inference_mode()
 def decoded_codes(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tensor | None:
     """The first images as the tokenizer rebuilds them from their codes; None when it is not at hand."""
-    file = Path(config.tokenizer_ckpt or meta["tokenizer"]["path"])
+    written = section(meta, "tokenizer")
+    named = config.tokenizer_ckpt or written.get("path")
+    file = Path(named) if isinstance(named, str) else Path()
     if not file.is_file():
         log.info("no picture: the tokenizer %s is not there; give tokenizer_ckpt=PATH", file)
         return None
     loaded = load_tokenizer(file, image_size=meta["image_size"])
-    if loaded.fingerprint != meta["tokenizer"]["fingerprint"]:
+    if loaded.fingerprint != written.get("fingerprint"):
         log.warning("no picture: %s has other weights than those that wrote the codes; give tokenizer_ckpt=PATH", file)
         return None
     reader = CodeReader(path, meta, "train" if "train" in meta["splits"] else next(iter(meta["splits"])))

@@ -73,6 +73,7 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             "training reads shards that smalto has written",
             extract(plain) if codes else prepare(data),
         )
+    yield from classes(plain)
     begun = any((Path(plain["run_dir"]) / "checkpoints").glob("step_*"))  # its own weights count, init_from no more
     for key, rule, command in (
         ("init_from", "the run starts with the weights of this checkpoint", "init_from=FILE"),

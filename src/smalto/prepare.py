@@ -14,7 +14,8 @@ from smalto import __version__
 from smalto.data.encode import Recipe
 from smalto.data.folder_scan import told
 from smalto.data.image_writer import ImageWriter
-from smalto.data.output import REJECTED, OutputFolder
+from smalto.data.output import OutputFolder
+from smalto.data.output_plan import REJECTED
 from smalto.data.pool import available_cpus
 from smalto.data.shards import IMAGES
 from smalto.data.sources import Source
@@ -118,7 +119,7 @@ def prepare_images(
         rng = np.random.default_rng(seed) if shuffle else None
         splits = plan_splits(source, split, val_fraction, limit, rng)
         source.check()
-        folder.check_listing(listing(source, splits))
+        folder.begin(listing(source, splits))
         writer = ImageWriter(folder=folder, source=source, recipe=recipe, workers=workers, max_rejected=max_rejected)
         writer.write(splits, shard_size)
         folder.finish(

@@ -1,4 +1,4 @@
-"""What every verb needs: where conf/ is, composing, building objects, one-line errors, logging."""
+"""What every verb needs: where conf/ is, composing, building objects, commands, logging."""
 
 import ctypes
 import functools
@@ -8,9 +8,10 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from smalto import __version__
+from smalto.arguments import expanded, fit
+from smalto.data.ranks import leads
+from smalto.endings import FULL, told
 from smalto.errors import InputError
-from smalto.sweeps.jobs import WRONG_SETTINGS as USER_ERRORS
+from smalto.kinds import check_kinds
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import run_job
 from smalto.sweeps.names import current_job_name
 from smalto.sweeps.sweep import reported
@@ -40,16 +44,26 @@ def conf_dir() -> str:
     return str(checkout if (checkout / "train.yaml").exists() else package / "conf")
 
 
+def config_groups() -> set[str]:
+    """Names of the folders in ``conf/``."""
+    return {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
+
+
 def raster_shape(image_size: int, channel_multipliers: list[int]) -> ListConfig:
     """Grid of codes of a convolutional tokenizer: every level but one halves the image."""
     side = image_size // 2 ** (len(channel_multipliers) - 1)
     return ListConfig([[side, side]])
 
 
+def absolute_path(path: str) -> str:
+    """Of SMALTO_OUTPUTS; ``~`` as in a shell."""
+    return os.path.abspath(expanded("SMALTO_OUTPUTS", path))
+
+
 def register_resolvers() -> None:
     """``${raster_shape:image_size,multipliers}``, ``${abspath:path}`` and ``${job_name:}`` for configs."""
     OmegaConf.register_new_resolver("raster_shape", raster_shape, replace=True)
-    OmegaConf.register_new_resolver("abspath", os.path.abspath, replace=True)
+    OmegaConf.register_new_resolver("abspath", absolute_path, replace=True)
     OmegaConf.register_new_resolver("job_name", current_job_name, replace=True)
 
 
@@ -99,11 +113,18 @@ def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
     mark_launch()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = hydra.compose(name, overrides or [], return_hydra_config=True)
+        given = fit(overrides or [], groups=config_groups())
+        config = hydra.compose(name, given, return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # what ${hydra:runtime.choices...} resolves from
     with open_dict(config):
         del config.hydra
+    check(config, name)
     return config
+
+
+def check(config: DictConfig, verb: str) -> None:
+    """Compare every value of a config with the kind its option takes; what can only be meant one way is put right."""
+    check_kinds(config, verb=verb, folder=Path(conf_dir()))
 
 
 class Command:
@@ -122,22 +143,41 @@ class Command:
         spec = sys.modules[function.__module__].__spec__  # under python -m the module is called __main__
         self.module = spec.name if spec is not None else function.__module__
         self.function = function.__name__
+        self._full = os.environ.get(FULL)
 
     def __call__(self, config: DictConfig) -> Any:
         """Run it."""
+        begin_work()
         setup_logging()
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_job(self.module, config)
-        if self.verb in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
-            keep_freed_memory()
-        try:
-            # A function that was decorated has the command in its place by now.
-            return inspect.unwrap(getattr(import_module(self.module), self.function))(config)
-        except (*USER_ERRORS, KeyboardInterrupt) as error:
-            remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
-            if "HYDRA_FULL_ERROR" in os.environ:
+            with environment(FULL, self._full):
+                return run_job(self.module, config, partial(check, verb=self.verb))
+        with environment(FULL, self._full), told(self.verb):
+            if self.verb in ("train", "extract", "sample", "evaluate") and not torch.cuda.is_available():
+                keep_freed_memory()
+            try:
+                check(config, self.verb)
+                # A function that was decorated has the command in its place by now.
+                result = inspect.unwrap(getattr(import_module(self.module), self.function))(config)
+                record_pending(config)
+                return result
+            except BaseException:
+                remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
                 raise
-            fail(self.verb, error)
+
+
+@contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable, set or (None) unset inside."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def hydra_main(verb: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -149,9 +189,12 @@ def hydra_main(verb: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[]
             register_resolvers()
             mark_launch()
             task = Command(verb, function)
-            with reported(task.module):
+            # Hydra would print its own errors; with this it leaves them to us.
+            with told(verb), environment(FULL, "1"), reported(task.module):
+                sys.argv[1:] = fit(sys.argv[1:], groups=config_groups())
                 hydra.main(version_base="1.3", config_path=conf_dir(), config_name=verb)(task)()
 
+        command.verb = verb  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -165,23 +208,6 @@ def remove_if_empty(folder: Path) -> None:
             folder.parent.rmdir()
 
 
-def cause(error: BaseException) -> BaseException:
-    """What a constructor found wrong, without Hydra's words around it."""
-    wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, (ValueError, OSError))
-    return error.__cause__ or error if wrapped else error
-
-
-def fail(verb: str, error: BaseException) -> None:
-    """Say what went wrong and leave with exit code 1 (130 after Ctrl-C)."""
-    if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write(f"\nsmalto {verb}: interrupted; the same command continues where it was\n")
-        sys.exit(130)
-    error = cause(error)
-    message = str(error) or type(error).__name__
-    sys.stderr.write(f"\nsmalto {verb}: {message}\n(HYDRA_FULL_ERROR=1 shows where)\n")
-    sys.exit(1)
-
-
 def setup_logging(file: Path | None = None) -> None:
     """Messages to stderr, and to ``file`` once a run has a folder; the rank in front when there are several."""
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
@@ -189,7 +215,7 @@ def setup_logging(file: Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s {prefix}%(message)s",
@@ -233,17 +259,16 @@ def wanted_device(name: str) -> torch.device:
 def record(
     config: DictConfig, *, experiment: str, params: dict, metrics: dict[str, float], artifacts: list[Path]
 ) -> None:
-    """Log a finished job to MLflow beside the training runs, unless ``mlflow=false``."""
+    """Log a finished job to MLflow beside the training runs, unless ``mlflow=false``; later, if MLflow fails."""
     if not config.mlflow:
         return
     # Seconds of import, only where they are wanted.
-    from smalto.analysis.runs import record_run
+    from smalto.analysis.recorder import record_job
     from smalto.callbacks.provenance import git_commit
 
-    outputs = config.paths.outputs
-    record_run(
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{outputs}/mlflow.db"),
-        artifact_location=f"{outputs}/mlruns/{experiment}",
+    record_job(
+        tracking_uri(config),
+        Path(config.paths.outputs),
         experiment=experiment,
         run_name=f"{experiment}-{os.environ['SMALTO_LAUNCHED_AT']}",
         params=params,
@@ -253,9 +278,23 @@ def record(
     )
 
 
+def tracking_uri(config: DictConfig) -> str:
+    """Where finished jobs are recorded."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.paths.outputs}/mlflow.db"
+
+
+def record_pending(config: DictConfig) -> None:
+    """Record what earlier commands could not, because MLflow failed then."""
+    if config.get("mlflow") and leads() and any(Path(config.paths.outputs).glob("mlflow_pending/*.jsonl")):
+        from smalto.analysis.recorder import write_pending
+
+        write_pending(tracking_uri(config), Path(config.paths.outputs))
+
+
 def record_summary(config: DictConfig, verb: str, summary: dict[str, Any]) -> None:
     """Log a data set that was just written: its counts as metrics, all settings as parameters."""
     if summary["status"] != "written":
+        record_pending(config)
         return
     plain: Any = OmegaConf.to_container(config, resolve=True)
     counts = {key: float(value) for key, value in summary.items() if isinstance(value, int)}

@@ -1,27 +1,28 @@
-"""``python -m smalto.sweep_job MODULE CONFIG``: the process of one job of a sweep, in the folder of its config."""
+"""``python -m smalto sweep_job MODULE CONFIG``: the process of one job of a sweep, in the folder of its config."""
 
+import json
 import logging
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.ranks import leads
-from smalto.errors import PathInUse
-from smalto.files import FileLock
-from smalto.runtime import USER_ERRORS, cause, keep_freed_memory, setup_logging
-from smalto.sweeps.jobs import main_metric, one_line, read_record, write_record
-from smalto.sweeps.names import LAUNCHER_PID
+from smalto.endings import INTERRUPTED, TERMINATED, ending
+from smalto.files import alone_in
+from smalto.runtime import check, keep_freed_memory, setup_logging
+from smalto.signals import begin_work
+from smalto.sweeps.jobs import first_line, main_metric, read_record, write_record
+from smalto.sweeps.names import LAUNCHER_PID, WHOLE_CONFIG
 from smalto.sweeps.process import PATIENCE
 
 log = logging.getLogger(__name__)
@@ -59,43 +60,31 @@ def is_alive(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder of a job; an earlier process there has a minute to save and stop.
-
-    Raises:
-        PathInUse: another process still works there.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(patience=PATIENCE)
-    except PathInUse as error:
-        raise PathInUse(f"{error}; wait for it, or stop it, and continue the sweep") from None
-    with lock:
-        yield
-
-
 def run(module: str, config_file: Path) -> int:
     """Run the job and note how it went; returns the exit code."""
     first, folder = leads(), config_file.parent
     outcome: dict[str, Any]
-    code = 1
     try:
-        config = OmegaConf.load(config_file)
-        if first:
-            with alone_in(folder):
-                result = import_module(module).run(config)
-        else:
-            result = import_module(module).run(config)
+        whole = os.environ.get(WHOLE_CONFIG)
+        config = OmegaConf.create(json.loads(whole)) if whole else OmegaConf.load(config_file)
+        assert isinstance(config, DictConfig)
+        job = import_module(module)
+        check(config, job.main.verb)
+        with alone_in(folder, patience=PATIENCE) if first else nullcontext():
+            result = job.run(config)
         outcome, code = {"status": "finished", **main_metric(result)}, 0
-    except KeyboardInterrupt:
-        outcome, code = {"status": "interrupted"}, 130
-    except USER_ERRORS as error:
-        sys.stderr.write(f"\n{cause(error)}\n")
-        outcome = {"status": "failed", "error": one_line(cause(error))}
-    except Exception as error:
-        traceback.print_exc()
-        outcome = {"status": "failed", "error": one_line(error)}
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        end = ending(error)
+        code = end.code
+        if end.is_bug:
+            traceback.print_exc()  # into the log of the job
+        else:
+            sys.stderr.write(f"\n{end.message}\n")
+        outcome = {"status": "failed", "error": first_line(end.message)}
+        if code in (INTERRUPTED, TERMINATED):
+            outcome = {"status": "interrupted"}
     if first:
         write_record(folder, (read_record(folder) or {}) | outcome)
     return code
@@ -103,13 +92,10 @@ def run(module: str, config_file: Path) -> int:
 
 def main() -> None:
     """The process."""
+    begin_work()
     setup_logging()
     end_with_the_sweep()
     if not torch.cuda.is_available():
         keep_freed_memory()
     module, config_file = sys.argv[1:]
     sys.exit(run(module, Path(config_file)))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,28 +3,36 @@
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
-from smalto.callbacks.checkpoint import LatestCheckpoint, discard_checkpoints, newest_checkpoint
+from smalto.callbacks.checkpoint import (
+    LatestCheckpoint,
+    checkpoint_to_continue,
+    discard_checkpoints,
+    step_checkpoints,
+)
+from smalto.callbacks.mlflow_logger import MEMORY, WAITING, MLFlowLogger, deliver_waiting
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
+from smalto.callbacks.validation import NOTE, Validation
 from smalto.data.ranks import leads
-from smalto.errors import InputError
-from smalto.files import write_bytes
+from smalto.errors import InputError, StorageError
+from smalto.files import alone_in, write_bytes
 from smalto.preflight import preflight
+from smalto.redact import redacted
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
 from smalto.tasks.strategy import AnyCheckpoint
 
 log = logging.getLogger(__name__)
 
-VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug"}
+VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
 PLACEMENT |= {"data.verify"}
@@ -37,35 +45,48 @@ def run(config: DictConfig) -> dict[str, float]:
 
     Raises:
         ValueError: a setting that cannot be, or a run folder that another config already uses.
+        PathInUse: another process trains there.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     folder = Path(plain["run_dir"])
-    finished = check_folder(folder, plain)
-    if finished is not None:
-        log.info("%s is finished already (overwrite=true trains anew)", folder)
-        return finished
-    preflight(plain)
+    metrics = check_folder(folder, plain)
+    if metrics is None:
+        preflight(plain)
+        with alone_in(folder) if leads() else nullcontext():
+            metrics = check_folder(folder, plain)  # as the last one who worked here left it
+            if metrics is None:
+                return fit(config, plain, folder)
+    log.info("%s is finished already (overwrite=true trains anew)", folder)
+    if leads():
+        deliver_waiting(folder, plain)
+    return metrics
+
+
+def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Train to the end what is not finished; returns the final metrics."""
     follow_parent(folder)
     setup_logging(folder / "train.log")
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
+    task.verify = plain.get("verify", True)
+    checkpoint = plain["ckpt_path"]
+    if checkpoint in (None, "last"):
+        # With overwrite, the first of several processes is about to remove what others may still see.
+        checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints", verify=task.verify)
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
-    callbacks.append(Provenance(plain, kind=plain["kind"]))
+    validation = Validation(folder)
+    callbacks += [Provenance(plain, kind=plain["kind"]), validation]
     loggers = [reopen(folder, node) for node in chosen(config.get("logger"))]
-    saves = any(isinstance(callback, LatestCheckpoint) for callback in callbacks)  # else Lightning adds its own saver
+    savers = [callback for callback in callbacks if isinstance(callback, LatestCheckpoint)]
     trainer = build(
         config.trainer,
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(folder),
-        enable_checkpointing=saves,
-        plugins=[AnyCheckpoint()],
+        enable_checkpointing=bool(savers),  # else Lightning adds a saver of its own
+        plugins=[AnyCheckpoint(verify=task.verify)],
     )
-    checkpoint = plain["ckpt_path"]
-    if checkpoint in (None, "last"):
-        # With overwrite, the first of several processes is about to remove what others may still see.
-        checkpoint = None if plain["overwrite"] else newest_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("continuing from %s", checkpoint)
     elif plain["init_from"] is not None:
@@ -76,12 +97,17 @@ def run(config: DictConfig) -> dict[str, float]:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint
         raise KeyboardInterrupt from None
-    if not any(key.startswith("val/") for key in trainer.callback_metrics):  # only the end of the run was missing
-        trainer.validate(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    metrics = {key: value for saver in savers for key, value in saver.metrics.items()}
+    metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if not validation.is_done(trainer):  # the run was over but for this; weights and averages are at hand
+        trainer.validate(task, datamodule=data, verbose=False)
+        metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     for callback in callbacks:
-        metrics |= getattr(callback, "metrics", {})
+        if callback not in savers:
+            metrics |= getattr(callback, "metrics", {})
     if trainer.is_global_zero:
+        if not (folder / "config.yaml").exists():
+            raise StorageError(f"{folder} is gone: it was removed or moved away while the run was working there")
         write_bytes(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
@@ -100,7 +126,7 @@ def check_folder(folder: Path, plain: dict[str, Any]) -> dict[str, float] | None
     started_by_lightning = "LOCAL_RANK" in os.environ and "RANK" not in os.environ  # after the first one looked
     if plain["overwrite"] or started_by_lightning or not config_file.exists():
         return None
-    if not done.exists() and newest_checkpoint(folder / "checkpoints") is None:
+    if not done.exists() and not step_checkpoints(folder / "checkpoints"):
         return None
     difference = differing_keys(yaml.safe_load(config_file.read_text()), plain)
     if difference:
@@ -115,16 +141,20 @@ def claim_folder(folder: Path, plain: dict[str, Any]) -> None:
     """Make the folder this run's, before anything is trained."""
     if not leads():
         return
-    if plain["overwrite"]:
-        for old in (folder / "metrics.json", folder / "mlflow_run_id"):
-            old.unlink(missing_ok=True)
+    config_file = folder / "config.yaml"
+    # A run that saved nothing may have logged something, which is another's if its settings were others.
+    others = config_file.exists() and differing_keys(yaml.safe_load(config_file.read_text()), plain)
+    if plain["overwrite"] or others:
+        for old in ("metrics.json", NOTE, MEMORY, WAITING, "logs/metrics.csv"):
+            (folder / old).unlink(missing_ok=True)
         discard_checkpoints(folder / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+    write_bytes(config_file, yaml.safe_dump(redacted(plain), sort_keys=False).encode())
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """``key: old -> new`` of every leaf that differs."""
+    """``key: old -> new`` of every leaf that differs, but for credentials, which are not written down."""
+    old, new = (redacted(old), redacted(new)) if not prefix else (old, new)
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
@@ -133,20 +163,24 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def reopen(folder: Path, node: DictConfig) -> Any:
     """Build a logger; a continued run goes on in the MLflow run it began, a job of a sweep is a child of its."""
-    memory = folder / "mlflow_run_id"
     if not node["_target_"].endswith("MLFlowLogger"):
         return build(node)
-    logger: MLFlowLogger = build(node, run_id=memory.read_text().strip() if memory.exists() else None)
+    # Runs that were begun with Lightning's own logger name that, and an option that only it has.
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    options = {key: value for key, value in plain.items() if key not in ("_target_", "log_model")}
+    logger = MLFlowLogger(**options, folder=folder)
     if leads():
-        write_bytes(memory, f"{logger.run_id}\n".encode())
-        if PARENT in os.environ:
-            logger.experiment.set_tag(logger.run_id, "mlflow.parentRunId", os.environ[PARENT])
+        logger.begin({"mlflow.parentRunId": os.environ.get(PARENT)})
     return logger
 
 
 def finished(plain: dict[str, Any]) -> dict[str, float] | None:
     """Metrics of the run that a resolved config describes, if it is over: a sweep asks, and does not run it again."""
-    return check_folder(Path(plain["run_dir"]), plain)
+    folder = Path(plain["run_dir"])
+    metrics = check_folder(folder, plain)
+    if metrics is not None and leads():
+        deliver_waiting(folder, plain)
+    return metrics
 
 
 main = hydra_main("train")(run)

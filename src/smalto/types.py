@@ -80,7 +80,7 @@ class SamplingConfig:
     Args:
         cfg_scale: classifier-free guidance ``u + s (c - u)``; 1 switches it off and halves the work.
         cfg_interval: guidance acts up to and including decode step ``cfg_interval``; -1 means always.
-        temperature: divides the logits; 0 takes the most probable code.
+        temperature: divides the logits, below 1e-5 like 1e-5, as the authors'; 0 takes the most probable code.
         top_k: keep the k largest logits (ties with the k-th are kept); 0 keeps all.
         top_p: keep the smallest set whose probability reaches p; 1 keeps all.
     """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from smalto.analysis.runs import record_run
+from smalto.analysis.recorder import record_job
 
 GPT = {
     "kind": "gpt",
@@ -25,10 +25,10 @@ GPT = {
 SAMPLING = {"cfg_interval": -1, "temperature": 1.0, "top_p": 1.0}
 
 
-def record(store: Path, experiment: str, params: dict, metrics: dict, **tags: str) -> str:
-    return record_run(
-        tracking_uri=f"sqlite:///{store}",
-        artifact_location=str(store.parent / experiment),
+def record(store: Path, experiment: str, params: dict, metrics: dict, **tags: str) -> None:
+    record_job(
+        f"sqlite:///{store}",
+        store.parent,
         experiment=experiment,
         run_name=experiment,
         params=params,

@@ -48,7 +48,7 @@ def smalto_step(net: Any, images: int) -> Step:
     def step(position: int) -> Tensor:
         cache.length = 1 + position
         cond, uncond = net.step(torch.cat([codes] * 2), cache).chunk(2)
-        return next_codes(torch.lerp(uncond, cond, SAMPLING.cfg_scale), uniforms, SAMPLING)
+        return next_codes((cond - uncond) * SAMPLING.cfg_scale + uncond, uniforms, SAMPLING)
 
     return step
 

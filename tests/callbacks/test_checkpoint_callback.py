@@ -1,11 +1,16 @@
 """What is left on disk: always one whole checkpoint, never half of one."""
 
 import errno
+import os
+import signal
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import Logger
 
 from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint, step_checkpoints
+from smalto.callbacks.step_seed import StepSeed
 from tiny_tasks import make_codes, make_gpt_task, make_trainer
 
 
@@ -45,3 +50,65 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path, monkeypatch)
 def test_impossible_settings_are_refused(tmp_path, setting):
     with pytest.raises(ValueError, match="every_n_steps"):
         LatestCheckpoint(dirpath=tmp_path, **setting)
+
+
+class Signal(L.Callback):
+    """Comes with a batch, in the middle of a step of several."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def accumulated(folder, *callbacks) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    task, start = make_gpt_task(), newest_checkpoint(folder)
+    saver = LatestCheckpoint(dirpath=folder, every_n_steps=2)
+    trainer = make_trainer(folder, StepSeed(seed=0), *callbacks, saver, max_steps=3, accumulate_grad_batches=2)
+    trainer.fit(task, make_codes(), ckpt_path=start, weights_only=True)
+    return task.state_dict()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_signal_within_an_accumulated_step_waits_for_its_end(tmp_path, batch):
+    whole = accumulated(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        accumulated(tmp_path / "cut", Signal(batch))
+    assert newest_checkpoint(tmp_path / "cut").name == f"step_{batch // 2 + 1:08d}.ckpt"
+    resumed = accumulated(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_checkpoint_counts_when_its_step_has_logged_everything(tmp_path):
+    class Rows(Logger):
+        name, version = "rows", 0
+        logged = flushed = -1
+
+        def log_hyperparams(self, *args) -> None:
+            pass
+
+        def log_metrics(self, metrics, step=None) -> None:
+            self.logged = step
+
+        def save(self) -> None:
+            self.flushed = self.logged
+
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            last = tmp_path / "last.ckpt"
+            if last.exists() and last.resolve().name not in [name for name, _ in seen]:
+                seen.append((last.resolve().name, trainer.logger.flushed))
+
+        on_validation_start = on_train_batch_end = on_train_batch_start
+
+    saver = LatestCheckpoint(dirpath=tmp_path, every_n_steps=2)
+    settings = {"logger": Rows(), "log_every_n_steps": 1, "val_check_interval": 4}
+    make_trainer(tmp_path, Look(), saver, max_steps=7, **settings).fit(make_gpt_task(), make_codes())
+    assert [(name, step >= int(name[5:13]) - 1) for name, step in seen] == [
+        (f"step_{step:08d}.ckpt", True) for step in (2, 4, 6)
+    ]

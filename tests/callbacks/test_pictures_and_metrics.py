@@ -65,6 +65,18 @@ def test_generation_measures_and_draws(tmp_path, tokenized):
     assert steps == ["step_00000002.png", "step_00000004.png", "step_00000005.png"]
 
 
+def test_generation_measures_whole_steps_once_where_the_training_computes(tmp_path, tokenized, monkeypatch):
+    steps, devices = [], []
+    task, callback = tokenized(), generation(every_n_steps=1)
+    move = task.to
+    monkeypatch.setattr(task, "to", lambda device: devices.append(device) or move(device))
+    monkeypatch.setattr(callback, "evaluate", lambda trainer, module, tiers: steps.append(trainer.global_step))
+    trainer = make_trainer(tmp_path, callback, max_steps=2, accumulate_grad_batches=2)
+    trainer.fit(task, codes())
+    assert steps == [1, 2]
+    assert devices[-1] == trainer.strategy.root_device, "Lightning has moved the model to the CPU by the last one"
+
+
 def test_generation_compares_guidance_scales_under_their_own_names(tmp_path, tokenized):
     callback = generation(cfg_scales=[1.0, 3.0], every_n_steps=0)
     make_trainer(tmp_path, callback, max_steps=1).fit(tokenized(), codes())

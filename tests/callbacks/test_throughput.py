@@ -50,7 +50,9 @@ class Pause(L.Callback):
         setattr(self, hook, lambda *args: time.sleep(seconds))
 
 
-@pytest.mark.parametrize(("hook", "counts"), [("on_train_batch_end", False), ("on_validation_start", False)])
+@pytest.mark.parametrize(
+    ("hook", "counts"), [("on_train_batch_start", False), ("on_train_batch_end", False), ("on_validation_start", False)]
+)
 def test_pauses_of_other_callbacks_do_not_count(tmp_path, hook, counts):
     trainer = make_trainer(
         tmp_path, Throughput(window=4, peak_tflops=1.0), Pause(hook, 0.3), max_steps=4, val_check_interval=2

@@ -4,16 +4,26 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
-from smalto.data.output import DONE, LOCK, PLAN, OutputFolder
+from smalto.data.output import OutputFolder
+from smalto.data.output_plan import DONE, LOCK, PLAN
 from smalto.data.pool import ordered_map
 from smalto.data.write import TarShard
 
 
 def folder(path, *, overwrite=False, **settings):
     return OutputFolder(path, format="smalto-images", settings=settings, command="smalto prepare", overwrite=overwrite)
+
+
+@contextmanager
+def begun(path, *, overwrite=False, listing=None, **settings):
+    with folder(path, overwrite=overwrite, **settings) as job:
+        if job.finished is None:
+            job.begin(listing)
+        yield job
 
 
 def shard(job, name):
@@ -23,59 +33,60 @@ def shard(job, name):
 
 
 def test_a_job_finishes_and_is_then_reused(tmp_path):
-    with folder(tmp_path / "d", size=1) as job:
+    with begun(tmp_path / "d", size=1) as job:
         assert job.finished is None
         shard(job, "train-00000.tar")
         job.finish({"splits": {}})
     names = {p.name for p in (tmp_path / "d").iterdir()}
     assert names == {"train-00000.tar", PLAN, "meta.json"}
-    with folder(tmp_path / "d", size=1) as job:
+    with begun(tmp_path / "d", size=1) as job:
         assert job.finished == {"format": "smalto-images", "version": 1, "splits": {}}
 
 
 def test_a_finished_folder_can_be_reused_without_writing(tmp_path):
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         job.finish({"splits": {}})
     before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir())
-    with folder(tmp_path, size=1):
+    with begun(tmp_path, size=1):
         pass
     assert sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir()) == before
 
 
 def test_an_interrupted_job_knows_what_it_finished(tmp_path):
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         for number in range(3):
             shard(job, f"train-0000{number}.tar")
         (tmp_path / "train-00003.tar.tmp").write_bytes(b"half")
     (tmp_path / "train-00001.tar").write_bytes(b"damaged")
     with (tmp_path / DONE).open("a") as file:
         file.write('{"name": "train-00003.tar", "by')  # killed while writing
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         assert set(job.done) == {"train-00000.tar", "train-00002.tar"}
         assert not list(tmp_path.glob("*.tmp"))
         shard(job, "train-00001.tar")
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         assert set(job.done) == {f"train-0000{n}.tar" for n in range(3)}
 
 
 @pytest.mark.parametrize("finish", [False, True])
 def test_other_settings_are_refused_by_name(tmp_path, finish):
-    with folder(tmp_path, size=1, kept="same") as job:
+    with begun(tmp_path, size=1, kept="same") as job:
+        shard(job, "train-00000.tar")
         if finish:
             job.finish({"splits": {}})
     with (
         pytest.raises(FileExistsError, match=r"size: 1 there, 2 now\).*overwrite=true"),
-        folder(tmp_path, size=2, kept="same"),
+        begun(tmp_path, size=2, kept="same"),
     ):
         pass
 
 
 def test_overwrite_removes_ours_and_nothing_else(tmp_path):
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         shard(job, "train-00000.tar")
         job.finish({"splits": {}})
     (tmp_path / "notes.txt").write_text("mine")
-    with folder(tmp_path, size=2, overwrite=True) as job:
+    with begun(tmp_path, size=2, overwrite=True) as job:
         assert job.finished is None
         assert {p.name for p in tmp_path.iterdir()} == {"notes.txt", PLAN, LOCK}
 
@@ -91,12 +102,12 @@ def test_a_folder_of_others_is_never_touched(tmp_path, overwrite):
 
 
 def test_a_changed_source_is_refused(tmp_path):
-    with folder(tmp_path, size=1) as job:
-        job.check_listing({"records": 5})
-    with folder(tmp_path, size=1) as job:
-        job.check_listing({"records": 5})
-        with pytest.raises(FileExistsError, match="the source now gives"):
-            job.check_listing({"records": 6})
+    with begun(tmp_path, size=1, listing={"records": 5}) as job:
+        shard(job, "train-00000.tar")
+    with begun(tmp_path, size=1, listing={"records": 5}) as job:
+        assert len(job.done) == 1
+    with pytest.raises(FileExistsError, match="the source now gives"), begun(tmp_path, size=1, listing={"records": 6}):
+        pass
 
 
 def test_a_second_process_is_refused_and_a_stale_lock_taken_over(tmp_path):
@@ -104,7 +115,7 @@ def test_a_second_process_is_refused_and_a_stale_lock_taken_over(tmp_path):
         "import sys, time; from smalto.data.output import OutputFolder\n"
         f"job = OutputFolder({str(tmp_path)!r}, format='smalto-images', settings=dict(size=1), command='c',"
         " overwrite=False)\n"
-        "with job: print('in', flush=True); time.sleep(60)"
+        "with job: job.begin(); print('in', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         try:
@@ -117,7 +128,7 @@ def test_a_second_process_is_refused_and_a_stale_lock_taken_over(tmp_path):
         finally:
             other.kill()
     assert (tmp_path / LOCK).exists()
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         assert str(os.getpid()) in (tmp_path / LOCK).read_text()
         assert job.finished is None
     assert not (tmp_path / LOCK).exists()
@@ -128,21 +139,21 @@ def test_a_second_process_is_refused_and_a_stale_lock_taken_over(tmp_path):
 )
 def test_a_full_disk_is_one_message_and_keeps_what_is_finished(tmp_path, number, words):
     def work():
-        with folder(tmp_path, size=1) as job:
+        with begun(tmp_path, size=1) as job:
             shard(job, "train-00000.tar")
             raise OSError(number, os.strerror(number), "train-00001.tar.tmp")
 
     with pytest.raises(OSError, match=rf"{words}: train-00001.tar.tmp; finished shards stay") as caught:
         work()
     assert "Errno" not in str(caught.value)
-    with folder(tmp_path, size=1) as job:
+    with begun(tmp_path, size=1) as job:
         assert set(job.done) == {"train-00000.tar"}
 
 
 def test_plan_is_readable(tmp_path):
-    with folder(tmp_path, size=(1, 2)):
+    with begun(tmp_path, size=(1, 2)):
         assert json.loads((tmp_path / PLAN).read_text())["settings"] == {"size": [1, 2]}
-    with folder(tmp_path, size=(1, 2)):
+    with begun(tmp_path, size=(1, 2)):
         pass
 
 

@@ -12,9 +12,9 @@ from official_files import filled, gpt_shapes
 from reference_gpt import cross_entropy, greedy, logits
 from smalto.models.gpt import GPT
 from smalto.sampling.autoregressive import generate
-from smalto.tasks.checkpoint import build_network
 from smalto.tasks.official import official_name
 from smalto.tasks.official_config import Hints, gpt_node
+from smalto.tasks.registry import factory
 from smalto.types import SamplingConfig
 
 
@@ -44,7 +44,7 @@ class Case:
         shapes = gpt_shapes(dim=size.dim, layers=size.layers, hidden=size.hidden, vocab=size.vocab, **conditioning)
         official = filled(shapes)
         node = gpt_node(official, Hints(image_size=16 * size.side, num_heads=size.heads), Path("x"))
-        self.net: GPT = build_network(node)
+        self.net: GPT = factory(node, "gpt", where="this test")()
         self.net.load_state_dict({name: official[official_name("gpt", name)] for name in self.net.state_dict()})
         self.net.eval()
         self.weights = {name: value.double().numpy() for name, value in official.items()}

@@ -190,3 +190,26 @@ def test_uniforms_belong_to_their_seed():
     assert uniforms.max() < 1
     assert torch.equal(uniforms_from_seeds(SEEDS[[3, 1]], 300), uniforms[[3, 1]])
     assert torch.equal(uniforms_from_seeds(torch.tensor([2**62]), 3), uniforms_from_seeds(torch.tensor([2**62]), 3))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"cfg_scale": 3.0}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error_that_says_where(class_gpt, settings, value):
+    step = class_gpt.step
+
+    def broken(codes: Tensor, cache: KVCache) -> Tensor:
+        logits = step(codes, cache)
+        if cache.length >= 4:
+            logits[1, 2] = value
+        return logits
+
+    class_gpt.step = broken
+    with pytest.raises(ValueError, match=r"logits are not finite .* for 1 of 5 images, from code 3 on"):
+        sample(class_gpt, **settings)
+
+
+def test_weights_that_are_no_numbers_are_an_error_too(class_gpt):
+    with torch.no_grad():
+        class_gpt.output.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"for 5 of 5 images, from code 0 on"):
+        sample(class_gpt)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from smalto.sampling.sheet import MARGIN, image_sheet
+from smalto.sampling.sheet import MARGIN, class_sheet, image_sheet
 
 
 def test_tiles_go_row_by_row():
@@ -32,3 +32,12 @@ def test_names_stand_in_front():
     assert named.width > plain.width
     front = np.asarray(named)[:, : named.width - plain.width]
     assert (front < 128).any(), "something is written there"
+
+
+def test_a_class_without_a_name_stands_under_its_number():
+    def read(chosen):
+        return torch.zeros(len(chosen), 3, 8, 8, dtype=torch.uint8)
+
+    sizes = {"count": 3, "classes": [0, 1, 2], "max_rows": 9, "max_columns": 9}
+    named = class_sheet(read, names=["shoe"], **sizes)
+    assert named.height == class_sheet(read, names=[], **sizes).height

@@ -147,3 +147,45 @@ def test_order_is_temperature_then_top_k_then_top_p():
     config = SamplingConfig(temperature=0.5, top_k=3, top_p=0.6)
     counts = torch.bincount(next_codes(logits.expand(1000, -1), grid, config), minlength=4)
     assert counts.tolist() == [640, 360, 0, 0]
+
+
+def authors_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Their rule in their steps: sums of sorted probabilities, removed where above p, shifted right by one."""
+    ordered, index = torch.sort(logits, descending=True)
+    remove = torch.cumsum(torch.softmax(ordered, dim=-1), dim=-1) > p
+    remove[..., 1:] = remove[..., :-1].clone()
+    remove[..., 0] = False
+    return ~remove.scatter(1, index, remove)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize(("rows", "codes", "scale"), [(2000, 1024, 2.0), (2000, 50, 1.0), (100, 16384, 3.0)])
+def test_top_p_keeps_the_set_of_the_authors_in_every_row(generator, p, rows, codes, scale):
+    logits = scale * torch.randn(rows, codes, generator=generator)
+    different = (keep_top_p(logits, p).isfinite() != authors_top_p(logits, p)).any(dim=-1).sum().item()
+    assert different == 0, f"{different} of {rows} rows keep another set"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-45, 1e-38, 1e-12, 1e-5, 1e-3, 1.0, 1e30, 1.7e308])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 5, "top_p": 1e-9}])
+def test_every_temperature_gives_a_code(generator, temperature, filters):
+    logits = 5 * torch.randn(40, 9, generator=generator)
+    logits[0] *= 1e37
+    logits[1, 3:] = -INF
+    codes = next_codes(logits, torch.rand(40, generator=generator), SamplingConfig(temperature=temperature, **filters))
+    assert codes.dtype == torch.int64
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 9
+    assert codes[1] < 3
+    if temperature <= 1e-5:
+        assert torch.equal(codes[2:], logits[2:].argmax(-1))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0}])
+def test_logits_that_are_no_numbers_give_no_code_beyond_the_last(filters):
+    nan = float("nan")
+    logits = torch.tensor([[nan] * 4, [0.0, nan, 1.0, 2.0], [-INF] * 4, [0.0, INF, 1.0, 2.0], [INF, -INF, INF, 0.0]])
+    for uniform in (0.0, 0.5, 1.0):
+        codes = next_codes(logits, torch.full((5,), uniform), SamplingConfig(**filters))
+        assert 0 <= int(codes.min()) <= int(codes.max()) < 4
+        assert codes[3] == 1
+        assert codes[4] in (0, 2)

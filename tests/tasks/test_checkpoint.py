@@ -13,12 +13,12 @@ from smalto.models.gpt import GPT
 from smalto.tasks.checkpoint import (
     CONFIG_KEY,
     EMA_KEY,
-    build_network,
     fingerprint,
     load_task,
     load_tokenizer,
     read_checkpoint,
 )
+from smalto.tasks.registry import factory
 from smalto.tokenizers.vqgan import VQModel
 from smalto.types import SamplingConfig
 
@@ -91,12 +91,12 @@ def saved(path: Path, content: Any) -> Path:
 
 @pytest.fixture
 def vq() -> VQModel:
-    return build_network(VQ_NODE)
+    return factory(VQ_NODE, "tokenizer", where="this test")()
 
 
 @pytest.fixture
 def gpt() -> GPT:
-    net = build_network(GPT_NODE)
+    net = factory(GPT_NODE, "gpt", where="this test")()
     torch.nn.init.normal_(net.output.weight)
     return net
 

@@ -10,9 +10,9 @@ from official_files import gpt_shapes, tiny_gpt, tiny_text_gpt, tiny_tokenizer, 
 from smalto.losses.patchgan import PatchDiscriminator
 from smalto.losses.stylegan import StyleGANDiscriminator
 from smalto.nn.mlp import swiglu_hidden_size
-from smalto.tasks.checkpoint import build_network
-from smalto.tasks.official import arguments, kind_of, official_name, official_weights, plain_name
+from smalto.tasks.official import arguments, kind_of, official_name, official_weights, plain_name, which_weights
 from smalto.tasks.official_config import Hints, discriminator_node, gpt_node, tokenizer_node
+from smalto.tasks.registry import factory
 
 PATH = Path("x.pt")
 # name: width, layers, heads, tensors with classes (two more with text)
@@ -35,7 +35,7 @@ def on_meta(shapes):
 
 def official_shapes_of(node, kind):
     with torch.device("meta"):
-        state = build_network(node).state_dict()
+        state = factory(node, kind, where=str(PATH))().state_dict()
     return {official_name(kind, name): list(value.shape) for name, value in state.items()}
 
 
@@ -113,7 +113,7 @@ def test_wrappers_and_prefixes(wrapper, prefix):
     weights = tiny_gpt()
     named = {prefix + name: value for name, value in weights.items()}
     content = named if wrapper is None else {wrapper: named, "optimizer": {"state": {}}, "steps": 3}
-    found = official_weights(content, which=None, path=PATH)
+    found = official_weights(content, which=which_weights(content), path=PATH)
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
@@ -126,14 +126,19 @@ def test_prefixes_inside_names_and_leftovers():
         "layers.0.attention.kv_cache.v_cache": torch.zeros(2),
         "layers.1.attention.freqs_cis": torch.zeros(2),
     }
-    assert official_weights({"model": tiny_gpt() | extra}, which=None, path=PATH).keys() == tiny_gpt().keys()
+    assert official_weights({"model": tiny_gpt() | extra}, which="model", path=PATH).keys() == tiny_gpt().keys()
 
 
-def test_the_average_is_preferred_and_can_be_declined():
+def test_the_trained_weights_are_taken_unless_the_average_is_asked_for_or_alone():
     trained = tiny_tokenizer()
     average = {name: value + 1 for name, value in trained.items() if name != "quantize.codebook_used"}
     content = {"model": trained, "ema": average}
-    for which, shift in ((None, 1), ("ema", 1), ("model", 0)):
+    assert (which_weights(content), which_weights({"ema": average}), which_weights(trained)) == (
+        "model",
+        "ema",
+        "model",
+    )
+    for which, shift in (("ema", 1), ("model", 0)):
         found = official_weights(content, which=which, path=PATH)
         assert torch.equal(found["encoder.conv_in.bias"], trained["encoder.conv_in.bias"] + shift)
         assert torch.equal(found["quantize.codebook_used"], trained["quantize.codebook_used"]), "buffers are no average"
@@ -153,7 +158,7 @@ def test_the_average_is_preferred_and_can_be_declined():
 )
 def test_content_without_weights(content, message):
     with pytest.raises(ValueError, match=message):
-        official_weights(content, which=None, path=PATH)
+        official_weights(content, which=which_weights(content), path=PATH)
 
 
 def test_a_foreign_network_is_named():
@@ -173,7 +178,7 @@ def test_discriminators():
         StyleGANDiscriminator(image_size=64),
     ):
         with torch.device("meta"):
-            again = build_network(discriminator_node(net.state_dict(), PATH))
+            again = factory(discriminator_node(net.state_dict(), PATH), "discriminator", where=str(PATH))()
         assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in net.state_dict().items()}
     with pytest.raises(ValueError, match="neither PatchGAN nor StyleGAN"):
         discriminator_node({"a": torch.zeros(1)}, PATH)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 
 import pytest
 import torch
@@ -35,8 +36,9 @@ def test_the_bytes_are_those_of_the_format(tmp_path):
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     assert length % 8 == 0
+    sums = f"{zlib.crc32(data[8 + length : 16 + length]):08x}{zlib.crc32(data[16 + length :]):08x}"
     assert json.loads(data[8 : 8 + length]) == {
-        "__metadata__": {"format": "pt"},
+        "__metadata__": {"format": "pt", "crc32": sums},
         "a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
         "b": {"dtype": "F32", "shape": [1, 2], "data_offsets": [8, 16]},
     }

@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import resource
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from forked_ranks import run_ranks
 from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint, step_checkpoints
 from smalto.callbacks.ema import EMA
 from smalto.callbacks.step_seed import StepSeed
+from smalto.callbacks.validation import Validation
+from smalto.errors import StorageError
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.models.gpt import GPT
 from smalto.runtime import build, compose
@@ -237,6 +240,60 @@ def test_a_failed_save_is_told_everywhere_and_leaves_the_one_before(tmp_path, be
     assert newest_checkpoint(tmp_path).name == "step_00000002.ckpt"
 
 
+class Validated(Validation):
+    """Notes what was found, and fails at a step as a killed process would."""
+
+    def __init__(self, folder: Path, fails_at: int = -1) -> None:
+        super().__init__(folder)
+        self.fails_at, self.found = fails_at, []
+
+    def on_validation_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.fails_at:
+            raise RuntimeError("killed")
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self.found.append((self.step, float(trainer.callback_metrics["val/loss"])))
+
+
+def validated_run(folder: Path, start: Path | None = None, *callbacks: L.Callback, fails_at: int = -1):
+    torch.manual_seed(0)
+    watch, where = Validated(folder, fails_at), {"strategy": ShardedStrategy(), "devices": 2, "inference_mode": False}
+    saver = LatestCheckpoint(dirpath=folder / "checkpoints", every_n_steps=2)
+    callbacks = (*callbacks, StepSeed(seed=0), EMA(decay=0.9), watch, saver)
+    trainer = make_trainer(folder, *callbacks, max_steps=5, val_check_interval=4, check_val_every_n_epoch=None, **where)
+    trainer.fit(make_task(), make_codes(), ckpt_path=start, weights_only=True)
+    return watch.found
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for_by_all_processes(tmp_path):
+    def run(rank: int) -> tuple:
+        whole_run = validated_run(tmp_path / "whole")
+        with pytest.raises(RuntimeError, match="killed"):
+            validated_run(tmp_path / "cut", fails_at=4)
+        return whole_run, validated_run(tmp_path / "cut", tmp_path / "cut/checkpoints/step_00000004.ckpt")
+
+    for whole_run, again in run_ranks(run, 2):
+        assert [step for step, _ in whole_run] == [4, 5]
+        assert again == whole_run
+
+
+def test_a_folder_that_is_gone_is_told_by_all_processes(tmp_path):
+    class Remove(L.Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_step == 3 and trainer.is_global_zero:
+                shutil.rmtree(tmp_path / "checkpoints")
+
+    def run(rank: int) -> str:
+        with pytest.raises(StorageError) as caught:
+            validated_run(tmp_path, None, Remove())
+        return str(caught.value)
+
+    for message in run_ranks(run, 2):
+        assert message.startswith(f"{tmp_path}/checkpoints is gone: it was removed or moved away")
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_dropout_is_the_same_in_every_run_on_as_many_processes(tmp_path):
     def run(rank: int, name: str) -> list[float]:
         losses = Losses()
@@ -300,7 +357,10 @@ ROOM = 660 * 2**20
 
 def limited_run(folder: Path, *, sharded: bool, room: int = ROOM) -> str:
     """Train the large model in so many bytes more than there are before; what came of it."""
-    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 2**16)  # M_MMAP_MAX, which a command that ran in this process may have set to 0
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    libc.malloc_trim(0)  # and what tests before have freed, or it would be room that nobody counts
     used = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
     limit = int(used) * 1024 + room
     before = resource.getrlimit(resource.RLIMIT_DATA)

@@ -8,9 +8,9 @@ import torch
 
 import reference_vq as reference
 from official_files import filled, tokenizer_shapes
-from smalto.tasks.checkpoint import build_network
 from smalto.tasks.official import official_name
 from smalto.tasks.official_config import Hints, tokenizer_node
+from smalto.tasks.registry import factory
 from smalto.tokenizers.quantize import QuantizerOutput
 from smalto.tokenizers.vqgan import VQModel
 
@@ -55,7 +55,7 @@ class Case:
 
         node = tokenizer_node(self.theirs, Hints(image_size=16, l2_norm=book.l2_norm), Path("x"))
         node["quantizer"]["entropy_weight"] = book.entropy_weight
-        self.net: VQModel = build_network(node)
+        self.net: VQModel = factory(node, "tokenizer", where="this test")()
         state = {name: self.theirs[official_name("tokenizer", name)].detach() for name in self.net.state_dict()}
         self.net.load_state_dict(state)
         self.latent = self.net.quant_conv(self.net.encoder(image))

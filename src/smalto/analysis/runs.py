@@ -1,13 +1,13 @@
-"""MLflow: one record per run, and all of them as a table."""
+"""MLflow: all runs as a table."""
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+
+from smalto.analysis.store import prepare_database, sqlite_file
 
 WORDS = {"True": True, "False": False, "None": None}
 """MLflow stores parameters as Python prints them."""
@@ -18,41 +18,11 @@ SWEEP_TAG = "smalto.sweep_folder"
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client for a tracking store; the folder of an sqlite file is made if missing."""
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    """A client to read from a tracking store; the database of a file is made if it is missing."""
+    file = sqlite_file(tracking_uri)
+    if file is not None and not file.exists():
+        prepare_database(file)
     return MlflowClient(tracking_uri)
-
-
-def record_run(
-    *,
-    tracking_uri: str,
-    artifact_location: str,
-    experiment: str,
-    run_name: str,
-    params: dict[str, Any],
-    metrics: dict[str, float],
-    tags: dict[str, str],
-    artifacts: list[Path],
-) -> str:
-    """Log a job that is over (prepare, extract, sample, evaluate) as a finished run; returns its id."""
-    store = client(tracking_uri)
-    found = store.get_experiment_by_name(experiment)
-    if found is None:
-        experiment_id = store.create_experiment(experiment, artifact_location=artifact_location)
-    else:
-        experiment_id = found.experiment_id
-    run = store.create_run(experiment_id, run_name=run_name, tags=tags)
-    now = run.info.start_time
-    store.log_batch(
-        run.info.run_id,
-        params=[Param(key, str(value)[:6000]) for key, value in params.items()],
-        metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
-    )
-    for artifact in artifacts:
-        store.log_artifact(run.info.run_id, str(artifact))
-    store.set_terminated(run.info.run_id)
-    return run.info.run_id
 
 
 def runs_table(tracking_uri: str, experiments: list[str] | None = None, *, step_of: str | None = None) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import rmtree
 from types import FrameType
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -33,8 +33,9 @@ class LatestCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint saves wherever an exception happens to strike, in the middle of a step too (a
     generator that has stepped, a discriminator that has not), renames ``last`` after a resume, and has no save at
     the end of training. Here a signal is answered at the end of the running step, so what is saved is always a state
-    that an unbroken run passes through. A file, or under ``strategy=fsdp`` a folder, is written under another name and
-    renamed once all of it is on the disk; older ones are removed only after that.
+    that an unbroken run passes through. A file, or under ``strategy=fsdp`` a folder, is written under another name. It
+    gets its own once all of it is on the disk and what the step logged is with the loggers: nothing that a checkpoint
+    leaves behind is missing after a restart. Older ones are removed only after that.
 
     Args:
         dirpath: folder of the checkpoints; ``last.ckpt`` there points to the newest.
@@ -50,7 +51,10 @@ class LatestCheckpoint(Checkpoint):
         self.folder = Path(dirpath)
         self.every_n_steps = every_n_steps
         self.keep = keep
-        self._saved_step = -1
+        self.metrics: dict[str, float] = {}
+        """Newest values of what training logs at the last save; those from before a restart are among them."""
+        self._step = self._saved_step = -1
+        self._stopping = False
         self._agreement: Agreement | None = None
         self._pending: Path | None = None
         self._signal: int | None = None
@@ -58,9 +62,11 @@ class LatestCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answer signals from here on."""
-        self._saved_step = trainer.global_step
+        self._step = self._saved_step = trainer.global_step
         self._agreement = Agreement()
         if trainer.is_global_zero:
+            with self._told(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"*{UNFINISHED}"):
                 remove(leftover)
         if threading.current_thread() is threading.main_thread():
@@ -73,22 +79,31 @@ class LatestCheckpoint(Checkpoint):
         self._signal = number
         log.info("stopping after this step and saving; once more to stop at once")
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        # Ranks get signals at different steps; they must agree, or some would wait in a save that others never join.
-        if self._agreement is not None and self._agreement.any(self._signal is not None):
-            self.save(trainer)
-            self._finish(trainer)
-            if self._signal == signal.SIGTERM:
-                raise SIGTERMException
-            raise KeyboardInterrupt
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        """Save if the interval is full; stop if a signal came."""
-        if self._pending is not None and not _still_saving(trainer):
-            self._finish(trainer)
-        if trainer.global_step % self.every_n_steps == 0:
+        """Save if the interval is full, at the last step, or if a signal came; not within an accumulated one."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        # Ranks get signals at different steps; they must agree, or some would wait in a save that others never join.
+        self._stopping = self._agreement is not None and self._agreement.any(self._signal is not None)
+        if self._stopping or self._step % self.every_n_steps == 0 or is_last_step(trainer):
             self.save(trainer)
-        self._stop_if_asked(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        """The step before is over."""
+        self._close_step(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The step before is over; its validation, if it is interrupted, is repeated after a restart."""
+        self._close_step(trainer)
+
+    def _close_step(self, trainer: L.Trainer) -> None:
+        """Let the checkpoint of a step count once the step has logged everything; stop there if that was asked."""
+        if self._pending is not None and (self._stopping or not _still_saving(trainer)):
+            self._finish(trainer)
+        if self._stopping:
+            self._stopping = False
+            raise SIGTERMException if self._signal == signal.SIGTERM else KeyboardInterrupt
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """A signal during validation does not wait for its end; the last saved step stands."""
@@ -101,6 +116,7 @@ class LatestCheckpoint(Checkpoint):
             self._agreement.answer()  # nobody leaves while a question is on its way
         self.save(trainer)
         self._finish(trainer)
+        self._close_step(trainer)
         self._restore_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -115,18 +131,23 @@ class LatestCheckpoint(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Write the current step unless it is written already, then remove what is too old.
 
-        A strategy that writes while training goes on is not waited for; the step counts as saved when it is done.
+        It counts as saved when the step is over; a strategy that writes while training goes on is not waited for.
+
+        Raises:
+            StorageError: it could not be written, or somebody removed the folder.
         """
         step = trainer.global_step
         if step == self._saved_step:
             return
         self._finish(trainer)
+        if not trainer.strategy.broadcast(self.folder.is_dir()):  # writing would make it anew, and nothing else in it
+            raise StorageError(self._gone)
+        values = trainer.callback_metrics.items()
+        self.metrics |= {key: float(value) for key, value in values if not key.startswith("val/")}
         path = self.folder / f"step_{step:08d}.ckpt"
         with self._told(path):
             trainer.save_checkpoint(path.with_suffix(UNFINISHED))
         self._saved_step, self._pending = step, path
-        if not _still_saving(trainer):
-            self._finish(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:
         """Give the newest checkpoint its name, when it is on the disk."""
@@ -137,7 +158,10 @@ class LatestCheckpoint(Checkpoint):
             if isinstance(trainer.strategy, ShardedStrategy):
                 trainer.strategy.finish_saving()
                 trainer.strategy.barrier()  # every process has written
-            if trainer.is_global_zero:
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+            with self._told(path):
                 self._commit(path)
 
     def _commit(self, path: Path) -> None:
@@ -158,12 +182,26 @@ class LatestCheckpoint(Checkpoint):
         for old in step_checkpoints(self.folder)[: -self.keep] if self.keep else []:
             remove(old)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics: of a run of which only the end was missing, nothing else knows the last step's."""
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self.metrics = state_dict["metrics"]
+
+    @property
+    def _gone(self) -> str:
+        return f"{self.folder} is gone: it was removed or moved away while the run was working there"
+
     @contextmanager
     def _told(self, path: Path) -> Iterator[None]:
         """Say in one message that ``path`` could not be written and what stays good."""
         try:
             yield
         except OSError as error:
+            if self._step > 0 and not self.folder.is_dir():
+                raise StorageError(self._gone) from error
             remove(path.with_suffix(UNFINISHED))
             newest = newest_checkpoint(self.folder)
             raise StorageError(
@@ -171,6 +209,12 @@ class LatestCheckpoint(Checkpoint):
                 f"{f'{newest} stays good' if newest else 'nothing was saved yet'}: make room there and run the same "
                 "command again to go on"
             ) from error
+
+
+def is_last_step(trainer: L.Trainer) -> bool:
+    """Whether training ends with the step that was just made."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
 
 
 def _still_saving(trainer: L.Trainer) -> bool:
@@ -194,14 +238,47 @@ def step_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.ckpt"))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; a truncated one is passed over with a warning."""
+def newest_checkpoint(folder: Path, *, verify: bool = False) -> Path | None:
+    """The newest whole checkpoint; damaged ones are passed over with a warning.
+
+    Args:
+        folder: of the checkpoints.
+        verify: read the one that would be used to its end and compare checksums, for whoever is about to use it.
+    """
+    damaged: list[str] = []
     for path in reversed(step_checkpoints(folder)):
-        problem = damage(path) if path.is_dir() else None if is_zipfile(path) else "truncated"
+        problem = damage(path) if path.is_dir() else _damage_of_file(path, verify=verify)
         if problem is None:
+            if damaged:
+                log.warning("%s: %s is the newest whole one", "; ".join(damaged), path)
             return path
-        log.warning("%s is damaged (%s), using the one before", path, problem)
+        damaged.append(f"{path} is damaged ({problem})")
     return None
+
+
+def _damage_of_file(path: Path, *, verify: bool) -> str | None:
+    if not is_zipfile(path):
+        return "truncated"
+    try:
+        with ZipFile(path) as archive:
+            part = archive.testzip() if verify else None
+    except (BadZipFile, OSError) as error:
+        return str(error)
+    return part and f"{part} is not what was written"
+
+
+def checkpoint_to_continue(folder: Path, *, verify: bool = True) -> Path | None:
+    """Where a run goes on: its newest whole checkpoint; None if nothing was saved yet. See :func:`newest_checkpoint`.
+
+    Raises:
+        InputError: something was saved, and nothing of it can be used.
+    """
+    newest, saved = newest_checkpoint(folder, verify=verify), step_checkpoints(folder)
+    if newest is None and saved:
+        several = f"all {len(saved)} checkpoints in {folder} are"
+        what = several if len(saved) > 1 else f"the only checkpoint {saved[0]} is"
+        raise InputError(f"{what} damaged; put a whole copy there to go on, or begin anew at step 0 by overwrite=true")
+    return newest
 
 
 def discard_checkpoints(folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from smalto.errors import InputError
-from smalto.tasks.checkpoint import EMA_KEY
+from smalto.tasks.contents import EMA_KEY
 
 
 class EMA(L.Callback):

@@ -113,19 +113,24 @@ class Generation(L.Callback):
         if self.reference_file is not None and not Path(self.reference_file).exists():
             raise MissingFile(f"callbacks.generation.reference_file={self.reference_file} is not there")
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A step that a run goes on from was evaluated before it was saved."""
+        self._done_at = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Evaluate when the interval is full."""
         step = trainer.global_step
         if self.every_n_steps and step % self.every_n_steps == 0 and step not in (self._done_at, trainer.max_steps):
+            self._done_at = step
             self.evaluate(trainer, pl_module, self.num_samples)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The last evaluation, on more images; after the last checkpoint, and repeated if it was interrupted."""
+        pl_module.to(trainer.strategy.root_device)  # Lightning has cleared the device by now
         self.evaluate(trainer, pl_module, self.final_num_samples)
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any, tiers: Sequence[int]) -> None:
         """Sample, measure at each of the counts ``tiers``, log."""
-        self._done_at = trainer.global_step
         start = time.perf_counter()
         self.metrics = {}
         with averaged_weights(trainer, pl_module.net), fixed_weights(pl_module):

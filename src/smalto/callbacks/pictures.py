@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import MLFlowLogger
 from PIL import Image
+
+from smalto.callbacks.mlflow_logger import MLFlowLogger
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> Path:
@@ -16,7 +16,7 @@ def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> Path:
     picture.save(path)
     for logger in trainer.loggers:
         if isinstance(logger, MLFlowLogger):
-            logger.experiment.log_image(logger.run_id, np.asarray(picture), key=name, step=step)
+            logger.log_picture(path, name, step)
     return path
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from smalto import __version__
-from smalto.tasks.checkpoint import CONFIG_KEY
+from smalto.callbacks.mlflow_logger import MLFlowLogger
+from smalto.redact import redacted
+from smalto.tasks.contents import CONFIG_KEY
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "webdataset", "mlflow", "numpy")
@@ -40,12 +41,12 @@ class Provenance(L.Callback):
     """Writes and logs the origin of a run.
 
     Args:
-        config: the resolved config as plain data.
+        config: the resolved config as plain data; credentials in it are not written down.
         kind: ``tokenizer`` or ``gpt``.
     """
 
     def __init__(self, config: dict[str, Any], *, kind: str) -> None:
-        self.config = config
+        self.config = redacted(config)
         self.kind = kind
 
     @rank_zero_only
@@ -56,7 +57,7 @@ class Provenance(L.Callback):
             "commit": git_commit(),
             "smalto": __version__,
             "python": platform.python_version(),
-            "command": " ".join(sys.argv),
+            "command": redacted(" ".join(sys.argv)),
             **{name: version(name) for name in PACKAGES},
         }
         (folder / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
@@ -64,12 +65,10 @@ class Provenance(L.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
             if isinstance(logger, MLFlowLogger):
-                run_id = logger.run_id
-                for key, value in origin.items():
-                    logger.experiment.set_tag(run_id, key, value)
-                logger.experiment.log_text(run_id, yaml.safe_dump(self.config, sort_keys=False), "config.yaml")
-                logger.experiment.log_metric(run_id, "parameters", trainable)
-                logger.experiment.update_run(run_id, status="RUNNING")
+                logger.log_tags(origin)
+                logger.log_text(yaml.safe_dump(redacted(self.config), sort_keys=False), "config.yaml")
+                logger.log_metrics({"parameters": trainable})
+                logger.mark("RUNNING")
         log.info(
             "%s of %s parameters, %d device(s), global batch %s, to step %s; run folder %s",
             self.kind,
@@ -85,6 +84,7 @@ class Provenance(L.Callback):
         checkpoint[CONFIG_KEY] = {
             "version": __version__,
             "kind": self.kind,
-            "config": self.config,
+            # Where a run was logged and where its files lay says nothing to whoever gets the checkpoint.
+            "config": {key: value for key, value in self.config.items() if key not in ("logger", "paths")},
             "classes": list(getattr(getattr(trainer, "datamodule", None), "classes", None) or []),
         }

@@ -74,6 +74,10 @@ class Throughput(L.Callback):
         """What follows is not training."""
         self._end = 0.0
 
+    def others_began(self) -> None:
+        """From here on the run computes."""
+        self._start = time.perf_counter()
+
     def others_done(self) -> None:
         """From here on the run waits for the next batch."""
         self._end = time.perf_counter()
@@ -94,10 +98,13 @@ class Throughput(L.Callback):
 
 
 class _Last(L.Callback):
-    """Added behind all others: pictures and checkpoints that those make after a batch are not waiting for data."""
+    """Added behind all others: pictures and checkpoints that those make around a batch are not part of it."""
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.throughput.others_began()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self.throughput.others_done()

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, Crops
-from smalto.data.output import PARTS, OutputFolder
+from smalto.data.output import OutputFolder
+from smalto.data.output_plan import PARTS
 from smalto.data.progress import Advance, progress
 from smalto.data.ranks import Ranks
 from smalto.data.reader import ImageReader
@@ -86,12 +87,12 @@ class CodeWriter:
             OSError: the file system does not show yet what other ranks wrote.
         """
         ranks = self._ranks
-        self._folder.path.joinpath(PARTS).mkdir(exist_ok=True)
         blocks = {split: self._blocks(len(reader)) for split, reader in self._readers.items()}
         # decided by one: others may look when the first blocks are already part of a shard
         missing: dict[str, list[int]] = ranks.share(
             {split: [n for n in range(len(blocks[split])) if not self._is_done(split, n)] for split in blocks}
         )
+        self._folder.path.joinpath(PARTS).mkdir(exist_ok=True)
         mine = {split: numbers[ranks.rank :: ranks.world_size] for split, numbers in missing.items()}
         total = sum(len(block) for parts in blocks.values() for block in parts)
         left = {split: sum(len(blocks[split][n]) for n in numbers) for split, numbers in mine.items()}
@@ -139,7 +140,16 @@ class CodeWriter:
 
     def _is_done(self, split: str, block: int) -> bool:
         shard = f"{split}-{block // self._blocks_per_shard:05d}.tar"
-        return shard in self._folder.done or self._part(split, block).exists()
+        return shard in self._folder.done or self._is_part(split, block)
+
+    def _is_part(self, split: str, block: int) -> bool:
+        """Whether the block is there; a file without its end is not."""
+        try:
+            for kind in ("npy", *((TEXT, LENGTH) if self._text is not None else ())):
+                np.load(self._part(split, block, kind), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return True
 
     def _pack(self, split: str, shard: int, blocks: list[np.ndarray], labels: np.ndarray) -> None:
         """Make the shard once all its blocks are there."""
@@ -147,7 +157,7 @@ class CodeWriter:
         first = shard * self._blocks_per_shard
         numbers = range(first, min(first + self._blocks_per_shard, len(blocks)))
         parts = [self._part(split, number) for number in numbers]
-        if name in self._folder.done or not all(part.exists() for part in parts):
+        if name in self._folder.done or not all(self._is_part(split, number) for number in numbers):
             return
         sums = []
         with TarShard(self._folder.path / name) as tar:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from smalto.data.encode import EncodeChunk, Encoded, Item, Recipe
-from smalto.data.output import REJECTED, OutputFolder
+from smalto.data.output import OutputFolder
+from smalto.data.output_plan import REJECTED
 from smalto.data.pool import ordered_map
 from smalto.data.progress import progress
 from smalto.data.sources import Source

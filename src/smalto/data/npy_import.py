@@ -79,6 +79,7 @@ def import_codes(
     with folder:
         if folder.finished is not None:
             return codes_summary(folder, "reused", names)
+        folder.begin()
         splits, num_classes = _import_npy(folder, codes, block_size=block_size, shard_size=shard_size)
         folder.finish(
             {

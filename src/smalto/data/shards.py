@@ -100,21 +100,6 @@ def missing_shards(path: str | Path, meta: dict[str, Any]) -> list[str]:
     return [shard["name"] for shard in _shards(meta) if not (Path(path) / shard["name"]).is_file()]
 
 
-def require_shards(path: Path, meta: dict[str, Any]) -> None:
-    """Refuse to take a folder for complete that has lost shards.
-
-    Raises:
-        FileNotFoundError: names the first.
-    """
-    missing = missing_shards(path, meta)
-    if missing:
-        more = f", and {len(missing) - 1} others are," if len(missing) > 1 else ""
-        raise MissingFile(
-            f"{path} was complete, but {missing[0]} is missing{more} by now; restore it, or make all anew with "
-            "overwrite=true"
-        )
-
-
 def shard_files(path: str | Path, meta: dict[str, Any]) -> list[Path]:
     """meta.json and all shards."""
     return [Path(path) / META, *(Path(path) / shard["name"] for shard in _shards(meta))]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from smalto.errors import InputError
+from smalto.metrics.finite import all_finite, check_finite
 
 EPS = float(np.finfo(np.float64).eps)
 MAX_ROOT_ERROR = 1e-10
@@ -82,8 +83,9 @@ class FrechetDistance(FrechetInceptionDistance):
         """Use known statistics for the real side, the same on every process.
 
         Raises:
-            ValueError: statistics of another number of features.
+            ValueError: statistics of another number of features, or that are not finite.
         """
+        check_finite("the statistics of the real images", statistics.mean, statistics.cov)
         if statistics.mean.shape != (self.num_features,):
             raise InputError(
                 f"reference statistics have {statistics.mean.numel()} features, the extractor gives "
@@ -100,7 +102,7 @@ class FrechetDistance(FrechetInceptionDistance):
             return _moments(self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples)
 
     def compute(self) -> Tensor:
-        """FID, float64 scalar.
+        """FID, float64 scalar; NaN where features were not finite.
 
         Raises:
             ValueError: fewer than two images on a side.
@@ -128,13 +130,15 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
     error of a small one into a large one: they are used while the bound on that error is negligible.
 
     Returns:
-        Float64 scalar on ``b``'s device, never below zero.
+        Float64 scalar on ``b``'s device, never below zero; NaN where a side is not finite.
 
     Raises:
         ValueError: another number of features on each side.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"{a.mean.numel()} features against {b.mean.numel()}; both sides need the same extractor")
+    if not (all_finite(a.mean, a.cov) and all_finite(b.mean, b.cov)):
+        return b.mean.new_tensor(torch.nan, dtype=torch.float64)
     cov_a, cov_b = a.cov.double().cpu().numpy(), b.cov.double().cpu().numpy()
     full_rank = min(a.root.shape[1], b.root.shape[1]) == len(cov_a)
     # itype 2: the lower triangle of L^T B L, all that the eigenvalues need, in less than the arithmetic of one product
@@ -142,7 +146,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> Tensor:
     if cross is None:
         cross = float(scipy.linalg.svdvals(a.root.T @ b.root).sum()) if min(a.root.shape[1], b.root.shape[1]) else 0.0
     distance = (a.mean.to(b.mean) - b.mean).square().sum() + float(cov_a.trace() + cov_b.trace()) - 2 * cross
-    return distance.clamp_min(0.0)  # rounding can leave -1e-12 of the traces
+    # rounding can leave -1e-12 of the traces; an overflow is no distance
+    return torch.where(distance.isfinite(), distance.clamp_min(0.0), torch.nan)
 
 
 def _sum_of_roots(product: np.ndarray) -> float | None:

@@ -79,7 +79,10 @@ class InceptionScore(Metric):
         return logits[index.argsort(stable=True)]
 
     def compute(self) -> dict[str, Tensor]:
-        """Float64 ``mean`` and population ``std`` over splits, and what `class_runs` says of the order."""
+        """Float64 ``mean`` and population ``std`` over splits, and what `class_runs` says of the order.
+
+        NaN where a row of logits is.
+        """
         logits = self.in_order()
         if self.remainder == "adm":
             parts = logits.split(self.split_size)
@@ -114,4 +117,5 @@ def class_runs(classes: Tensor) -> tuple[Tensor, Tensor]:
 def _inception_score(logits: Tensor) -> Tensor:
     log_p = logits.double().log_softmax(dim=1)
     p = log_p.exp()
-    return (p * (log_p - p.mean(dim=0, keepdim=True).log())).nan_to_num(0.0).sum(dim=1).mean().exp()
+    terms = p * (log_p - p.mean(dim=0, keepdim=True).log())
+    return torch.where(p == 0, 0.0, terms).sum(dim=1).mean().exp()  # NaN stays: a bad row is no class without samples

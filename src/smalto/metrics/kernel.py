@@ -1,11 +1,14 @@
 """Kernel Inception Distance from features, by torch-fidelity's kernel and subsets."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
 from smalto.errors import InputError
+from smalto.metrics.finite import all_finite
 
 SEED = 2020
 """torch-fidelity's: the same features give the same subsets, hence the same digits."""
@@ -27,7 +30,7 @@ def kernel_distance(
         subset_size: images of a subset.
 
     Returns:
-        Mean and population standard deviation over the subsets.
+        Mean and population standard deviation over the subsets; NaN where a feature is not finite, drawn or not.
 
     Raises:
         ValueError: fewer images than a subset needs.
@@ -37,6 +40,8 @@ def kernel_distance(
             f"KID with subsets of {subset_size} needs as many images a side, got {len(real)} real and {len(fake)} "
             "generated; set kid_subset_size lower"
         )
+    if not all_finite(real, fake):
+        return math.nan, math.nan
     rng = np.random.RandomState(SEED)
     distances = [_subset(fake, rng, subset_size, real) for _ in range(num_subsets)]
     return float(np.mean(distances)), float(np.std(distances))

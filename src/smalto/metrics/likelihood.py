@@ -42,14 +42,15 @@ class CodeLikelihood(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Float64 ``loss`` in nats per code, ``accuracy`` per code, ``bits_per_image``, and ``loss_error``.
 
-        ``loss_error`` is the standard error of the loss over images, which are independent; codes of one are not.
+        ``loss_error`` is the standard error of the loss over images, which are independent; codes of one are not. None
+        is finite where logits were not.
         """
         length = self.codes.double() / self.images
         mean = self.nll / self.images
         variance = (self.square / self.images - mean.square()).clamp_min(0) / (self.images - 1)
         return {
             "loss": self.nll / self.codes,
-            "accuracy": self.correct.double() / self.codes,
+            "accuracy": torch.where(self.nll.isfinite(), self.correct.double() / self.codes, torch.nan),
             "bits_per_image": mean / math.log(2),
             "loss_error": variance.sqrt() / length,
             "length": length,

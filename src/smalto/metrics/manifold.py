@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from smalto.errors import InputError
+from smalto.metrics.finite import all_finite, check_finite
 
 DistanceDtype = Literal["fp32", "fp16"]
 
@@ -67,7 +68,12 @@ class PrecisionRecall(Metric):
         (self.real if real else self.fake).append(pool if pool.dtype == torch.float64 else pool.float())
 
     def set_real(self, pool: Tensor) -> None:
-        """Use known features (N, D) for the real side, the same on every process; never gathered."""
+        """Use known features (N, D) for the real side, the same on every process; never gathered.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        check_finite("the features of the real images", pool)
         self._given = pool
         self.real = []
         self._computed = None
@@ -81,6 +87,8 @@ class PrecisionRecall(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Precision and recall, float32 scalars in [0, 1]; distances are taken in the dtype of the features.
+
+        NaN where a feature is not finite, or its square.
 
         Raises:
             ValueError: not more than k images on a side.
@@ -123,6 +131,8 @@ def precision_recall(
         real, fake = real - centre, fake - centre
     points = _HalfPoints if distance_dtype == "fp16" else _Points
     reals, fakes = points(real), points(fake)
+    if not all_finite(8 * reals.norms, 8 * fakes.norms):  # no distance is above four times the larger norm
+        return real.new_full((), torch.nan), fake.new_full((), torch.nan)
     real_radii, fake_radii = (_radii(x, k, block_size) for x in (reals, fakes))
     covered = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled = []

@@ -86,6 +86,7 @@ class ClassProbe(Metric):
     higher_is_better = True
     correct: Tensor
     asked: Tensor
+    broken: Tensor
 
     def __init__(self, *, means: ClassMeans, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -93,21 +94,25 @@ class ClassProbe(Metric):
         classes = means.count.numel()
         self.add_state("correct", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("asked", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("broken", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, pool: Tensor, label: Tensor) -> None:
         """Add features (B, D) of generated images with the labels (B,) that were asked for."""
         classes = self.asked.numel()
         check_labels(label, classes)
         hit = self.means.predict(pool) == label
+        self.broken += (~pool.isfinite().all(dim=1)).sum()
         self.asked += label.bincount(minlength=classes)
         self.correct += label[hit].bincount(minlength=classes)
 
     def compute(self) -> dict[str, Tensor]:
-        """``accuracy`` over all images (float64 scalar) and ``per_class`` (C,), NaN where not asked."""
-        return {
-            "accuracy": self.correct.sum().double() / self.asked.sum(),
-            "per_class": self.correct.double() / self.asked,
-        }
+        """``accuracy`` over all images (float64 scalar) and ``per_class`` (C,), NaN where not asked.
+
+        All NaN where a feature, of any image or of the class means, is not finite.
+        """
+        broken = (self.broken > 0) | ~(self.means.mean.isfinite().all() & self.means.std.isfinite().all())
+        correct = torch.where(broken.to(self.correct.device), torch.nan, self.correct.double())
+        return {"accuracy": correct.sum() / self.asked.sum(), "per_class": correct / self.asked}
 
 
 def check_labels(label: Tensor, num_classes: int) -> None:

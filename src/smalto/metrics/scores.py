@@ -20,18 +20,20 @@ class Scores:
     errors: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, value: float, error: float | None = None) -> None:
-        """Take in one metric; a value that is not finite becomes a missing one."""
+    def add(self, name: str, value: float, error: float | None = None, *, cause: str = "") -> None:
+        """Take in one metric; a value that is not finite becomes a missing one, for the ``cause`` that makes it so."""
         if not math.isfinite(value):
-            self.missing[name] = f"the result is {value}"
+            self.missing[name] = f"the result is {value}" + (f": {cause}" if cause else "")
             return
         self.values[name] = float(value)
         if error is not None and math.isfinite(error):
             self.errors[name] = float(error)
 
-    def add_share(self, name: str, share: float, count: int) -> None:
+    def add_share(self, name: str, share: float, count: int, *, cause: str = "") -> None:
         """A share of ``count`` independent images, with its binomial standard error."""
-        self.add(name, share, math.sqrt(share * (1 - share) / count) if count and 0 <= share <= 1 else None)
+        self.add(
+            name, share, math.sqrt(share * (1 - share) / count) if count and 0 <= share <= 1 else None, cause=cause
+        )
 
     def update(self, other: "Scores", prefix: str = "") -> None:
         """Take in everything of ``other``, ``prefix`` in front of the names."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from smalto.metrics.finite import FEATURES, LOGITS
 from smalto.metrics.inception_score import InceptionScore
 from smalto.metrics.kernel import kernel_distance
 from smalto.metrics.manifold import PrecisionRecall
@@ -25,7 +26,7 @@ def add_inception_score(scores: Scores, metric: InceptionScore, count: int) -> N
         return
     found = metric.compute()
     splits = metric.splits(count)
-    scores.add("is", float(found["mean"]), float(found["std"]) if splits > 1 else None)
+    scores.add("is", float(found["mean"]), float(found["std"]) if splits > 1 else None, cause=LOGITS)
     if splits > 1 and float(found["class_runs"]) > SORTED + 5 * float(found["class_runs_deviation"]):
         log.warning(
             "the samples look sorted by class (neighbours are alike %.0f %% more often than by chance): each split of "
@@ -42,15 +43,15 @@ def add_manifold(scores: Scores, metric: PrecisionRecall, rules: Rules, *, kept:
         count = f"kept {kept} real and {len(fake)} generated"
         if min(kept, len(fake)) > metric.k:
             precision, recall = metric.measure(real, fake)
-            scores.add_share("precision", float(precision), len(fake))
-            scores.add_share("recall", float(recall), kept)
+            scores.add_share("precision", float(precision), len(fake), cause=FEATURES)
+            scores.add_share("recall", float(recall), kept, cause=FEATURES)
         else:
             reason = f"needs more than {metric.k} images a side, {count}"
             scores.missing |= dict.fromkeys(("precision", "recall"), reason)
         if rules.kid_subsets and min(kept, len(fake)) >= rules.kid_subset_size:
-            scores.add(
-                "kid", *kernel_distance(real, fake, num_subsets=rules.kid_subsets, subset_size=rules.kid_subset_size)
-            )
+            size = rules.kid_subset_size
+            kid = kernel_distance(real, fake, num_subsets=rules.kid_subsets, subset_size=size)
+            scores.add("kid", *kid, cause=FEATURES)
         elif rules.kid_subsets:
             scores.missing["kid"] = f"needs {rules.kid_subset_size} images a side (kid_subset_size), {count}"
 
@@ -82,6 +83,6 @@ def add_class_accuracy(
         for pool, label in labelled:
             probe.update(pool.to(classes.mean.device), label.to(classes.mean.device))
         result = probe.compute()
-        scores.add_share("class_accuracy", float(result["accuracy"]), count)
+        scores.add_share("class_accuracy", float(result["accuracy"]), count, cause=FEATURES)
         return [float(value) for value in result["per_class"]]
     return []

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from smalto.errors import InputError
 from smalto.metrics.distribution import FrechetDistance
 from smalto.metrics.features import FeatureExtractor, Features
+from smalto.metrics.finite import FEATURES
 from smalto.metrics.inception_score import InceptionScore
 from smalto.metrics.manifold import PrecisionRecall
 from smalto.metrics.metric_state import load_metric_state, metric_state
@@ -285,11 +286,11 @@ class GenerationMetrics:
                 smaller,
                 self.features.num_features,
             )
-        scores.add(fid, float(self._frechet.compute()))
+        scores.add(fid, float(self._frechet.compute()), cause=FEATURES)
         if self.reference.spatial is None:
             scores.missing[sfid] = f"the reference {self.reference.images} has no spatial statistics"
         else:
-            scores.add(sfid, float(self._spatial.compute()))
+            scores.add(sfid, float(self._spatial.compute()), cause=FEATURES)
 
     def _total(self, count: int) -> int:
         """Sum over processes; every process has to ask."""

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from smalto.errors import InputError
 from smalto.nn.kv_cache import KVCache
 from smalto.sampling.logits import next_codes
 from smalto.types import SamplingConfig
@@ -40,7 +41,8 @@ class CausalModel(Protocol):
 def uniforms_from_seeds(seeds: Tensor, count: int) -> Tensor:
     """One stream of uniforms in [0, 1) per seed, float32 (B, count) on the CPU.
 
-    Each image owns its generator, so image i is the same whatever the batch, its order or the number of processes.
+    Each image owns its generator, so image i is drawn with the same numbers whatever the batch, its order or the number
+    of processes.
     """
     generator = torch.Generator()
     rows = [torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds.tolist()]
@@ -70,6 +72,9 @@ def generate(
 
     Returns:
         int64 (B, num_codes) in generation order.
+
+    Raises:
+        ValueError: logits that are not finite.
     """
     batch_size = condition.shape[0]
     guided = sampling.cfg_scale > 1
@@ -80,10 +85,12 @@ def generate(
     cache = model.new_cache(condition.shape[0])
     logits = model.prefill(condition, cache, condition_mask)
     codes: list[Tensor] = []
+    sums: list[Tensor] = []
     for i in range(model.num_codes):
         if guided:
             cond, uncond = logits.chunk(2)
-            logits = torch.lerp(uncond, cond, sampling.cfg_scale)
+            logits = (cond - uncond) * sampling.cfg_scale + uncond
+        sums.append(logits.sum(-1))
         codes.append(next_codes(logits, uniforms[:, i], sampling))
         if i + 1 == model.num_codes:
             break
@@ -92,4 +99,17 @@ def generate(
             guided = False
             cache.keep_rows(batch_size)
         logits = model.step(torch.cat([codes[-1]] * 2) if guided else codes[-1], cache)
+    _check_finite(torch.stack(sums, dim=1))
     return torch.stack(codes, dim=1)
+
+
+def _check_finite(sums: Tensor) -> None:
+    """Refuse images of which a code was drawn from logits that are no numbers; looked at once, not per step."""
+    broken = ~sums.isfinite()
+    if bool(broken.any()):
+        step = int(broken.any(dim=0).int().argmax())
+        raise InputError(
+            f"the model's logits are not finite (NaN or infinite) for {int(broken.any(dim=1).sum())} of {len(sums)} "
+            f"images, from code {step} on: its weights or its conditions are broken, or overflow in this precision; "
+            "try an earlier checkpoint, or engine.dtype=fp32"
+        )

@@ -83,13 +83,25 @@ class _PlainLinear:
 
 
 class _OneDNNLinear:
-    """oneDNN's blocked layout. In float32 a row's result is the same bit for bit whatever rows it comes with."""
+    """oneDNN's blocked layout. In float32 a row's result is the same bit for bit whatever rows it comes with.
+
+    For that the layout is never the one for a single row, whose kernels add in another order, and a single row is
+    doubled where it would still be added in another order. One row in its own layout would be sooner, by a tenth with
+    AVX-512 and a fifth with AVX2: the price of one float32 image that is drawn alone and without guidance.
+    """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
+        self.uniform = weight.dtype == torch.float32
+        rows = max(rows, 2) if self.uniform else rows
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.uniform and x.numel() == x.shape[-1] and _single_rows_differ():
+            return self._multiply(torch.cat([x, x]))[:1]
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.weight, None, "none", [], "")
 
 
@@ -152,6 +164,15 @@ def _uniform_fp16_rows(rows: int) -> int:
         if bool((torch.ops.quantized.linear_dynamic_fp16(x, packed) == expected).all()):
             return count
     return rows
+
+
+@cache
+def _single_rows_differ() -> bool:
+    """Whether oneDNN adds the products of a single row in another order; found by trying (AVX-512: beyond 1024)."""
+    generator = torch.Generator().manual_seed(0)
+    linear = _OneDNNLinear(torch.randn(64, 4096, generator=generator), 2)
+    x = torch.randn(1, 4096, generator=generator)
+    return not torch.equal(linear._multiply(x), linear._multiply(x.expand(2, -1).contiguous())[:1])
 
 
 @cache

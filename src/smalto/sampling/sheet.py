@@ -59,5 +59,5 @@ def class_sheet(
     """
     rows, columns = classes[:max_rows], min(max_columns, -(-count // len(classes)))
     shown = [r + c * len(classes) for r in range(len(rows)) for c in range(columns)]
-    row_names = [names[c] if names else str(c) for c in rows]
+    row_names = [names[c] if c < len(names) else str(c) for c in rows]
     return image_sheet(read([i for i in shown if i < count]), columns=columns, row_names=row_names)

@@ -9,19 +9,21 @@ import logging
 import os
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from smalto.data.ranks import leads
+from smalto.endings import ending
 from smalto.files import write_bytes, write_json
+from smalto.redact import redacted
 from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
-from smalto.sweeps.names import STOP
+from smalto.sweeps.names import STOP, WHOLE_CONFIG
 from smalto.sweeps.process import how_it_ended, wait_for
 from smalto.sweeps.table import ENDED
 
@@ -29,19 +31,18 @@ log = logging.getLogger(__name__)
 
 RECORD, LOG = "job.json", "job.log"
 """Files in the folder of a job; ``job.yaml`` is its config."""
-WRONG_SETTINGS = (ValueError, OSError, HydraException, OmegaConfBaseException)
-"""What a wrong setting, a missing file or a full disk raises: told in one message, without a traceback."""
 MAIN_METRICS = ("val/loss", "val/psnr")
 """What a table shows of a job: the first of these that it measured."""
 
 
-def run_job(module: str, config: DictConfig) -> dict[str, Any]:
+def run_job(module: str, config: DictConfig, check: Callable[[DictConfig], None]) -> dict[str, Any]:
     """Run what Hydra is about to run, unless it is finished; returns its record, whatever happens to it.
 
     Args:
         module: whose ``run(config)`` it is. If it has ``finished(config)``, that tells what a job that ended before
             measured, from its resolved config; else the job runs again.
         config: of the job.
+        check: puts the values of a config right, or says which are wrong; loads what the job builds.
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -60,6 +61,8 @@ def run_job(module: str, config: DictConfig) -> dict[str, Any]:
         metrics = None
         if before.get("status") in ENDED:
             finished = getattr(import_module(module), "finished", None)
+            check(config)  # else left to the process of the job: this one loads nothing that it does not need
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             metrics = finished(plain) if finished is not None else None
         if metrics is not None:
             record |= {"status": "kept", "seconds": before.get("seconds"), **main_metric(metrics)}
@@ -68,10 +71,11 @@ def run_job(module: str, config: DictConfig) -> dict[str, Any]:
             echo = hydra.launcher._target_.endswith("BasicLauncher")
             share = hydra.launcher._target_.endswith(("JoblibLauncher", "LocalLauncher"))
             record = start(module, folder, plain, record, echo=echo, share=share)
-    except WRONG_SETTINGS as error:
-        record |= {"status": "failed", "error": one_line(error)}
-        with (folder / LOG).open("a") as file:
-            file.write(f"{error}\n")
+    except Exception as error:
+        end = ending(error)
+        record |= {"status": "failed", "error": first_line(end.message)}
+        with (folder / LOG).open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)) if end.is_bug else f"{end.message}\n")
     if leads():
         write_record(folder, record)
     if record["status"] == "failed":
@@ -96,7 +100,9 @@ def start(
     environment = dict(os.environ)
     stem = "job" if leads() else f"job.rank{os.environ['SLURM_PROCID']}"  # a scheduler may start several for one job
     log_file, config_file = folder / f"{stem}.log", folder / f"{stem}.yaml"
-    write_bytes(config_file, OmegaConf.to_yaml(plain).encode())
+    write_bytes(config_file, OmegaConf.to_yaml(redacted(plain)).encode())
+    if redacted(plain) != plain:
+        environment[WHOLE_CONFIG] = json.dumps(plain)
     with claimed(devices_wanted(plain, len(visible)) if visible else 0, visible) as (devices, files):
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -105,7 +111,7 @@ def start(
             write_record(folder, record)
         log.info("job %s started; log: %s", folder.name, log_file)
         began = time.monotonic()
-        command = [sys.executable, "-m", "smalto.sweep_job", module, str(config_file)]
+        command = [sys.executable, "-m", "smalto", "sweep_job", module, str(config_file)]
         try:
             code = wait_for(command, environment, log_file, files, echo=echo)
         finally:
@@ -122,12 +128,9 @@ def start(
     return record
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error that says something, with its type if that is no wrong setting."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        text = f"{text} ({error.full_key})"
-    return text if text and isinstance(error, WRONG_SETTINGS) else f"{type(error).__name__}: {text}"
+def first_line(message: str) -> str:
+    """What a table shows of a message."""
+    return next((line.strip() for line in message.splitlines() if line.strip()), "")
 
 
 def main_metric(result: Any) -> dict[str, Any]:
@@ -145,4 +148,4 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Keep what is known of a job."""
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, redacted(record))

@@ -14,6 +14,8 @@ PARENT = "SMALTO_PARENT_RUN"
 """Environment variable with the id of the MLflow run that the runs of the jobs belong to."""
 LAUNCHER_PID = "SMALTO_SWEEP_PID"
 """Environment variable with the process that launched the sweep: jobs end when it is gone."""
+WHOLE_CONFIG = "SMALTO_JOB_CONFIG"
+"""Environment variable with the config of a job as JSON, where its file leaves credentials out."""
 STOP = ".stop"
 """File in the folder of a sweep while it stops: no job begins, and those that run save and end."""
 LONGEST = 120

@@ -18,7 +18,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from smalto.endings import report
+from smalto.errors import InputError
 from smalto.files import write_bytes, write_json
+from smalto.redact import redacted, redacted_places
+from smalto.signals import begin_work
 from smalto.sweeps.jobs import read_record
 from smalto.sweeps.names import LAUNCHER_PID, STOP, SWEPT, job_name
 from smalto.sweeps.process import PATIENCE
@@ -26,6 +30,7 @@ from smalto.sweeps.table import ENDED, sweep_report
 
 MEMORY = "sweep.json"
 """In the folder of a sweep: the command, for ``smalto resume``."""
+SWEPT_MODULES = {f"smalto.{verb}" for verb in ("train", "prepare", "extract", "sample", "evaluate", "plan", "convert")}
 
 
 @dataclass
@@ -100,11 +105,11 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the plan, open the parent run."""
+        begin_work()
         try:
             Sweep.current = begin(config)
         except Exception as error:  # Hydra would warn and go on
-            sys.stderr.write(f"\nsmalto: the sweep cannot begin: {error}\n")
-            sys.exit(1)
+            sys.exit(report("sweep", error))
 
 
 def begin(config: DictConfig) -> Sweep:
@@ -114,7 +119,7 @@ def begin(config: DictConfig) -> Sweep:
     os.environ[SWEPT] = json.dumps(swept)
     os.environ[LAUNCHER_PID] = str(os.getpid())
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
-    told = {"module": Sweep.module, "arguments": arguments, "cwd": os.getcwd()}
+    told = {"module": Sweep.module, "arguments": redacted(arguments), "cwd": os.getcwd()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MEMORY, told)
     (folder / STOP).unlink(missing_ok=True)
@@ -123,11 +128,12 @@ def begin(config: DictConfig) -> Sweep:
         signal.signal(signal.SIGINT, sweep.stop)
     if (config.get("logger") or {}).keys():
         # Seconds of import, only where they are wanted.
-        from smalto.sweeps.parent import ParentRun, mlflow_node
+        from smalto.callbacks.mlflow_logger import mlflow_node
+        from smalto.sweeps.parent import ParentRun
 
         node = mlflow_node(config)
         if node is not None:
-            sweep.parent = ParentRun(node, folder, {"command": " ".join(sys.argv)})
+            sweep.parent = ParentRun(node, folder, {"command": redacted(" ".join(sys.argv))})
     return sweep
 
 
@@ -163,6 +169,8 @@ def reported(module: str) -> Iterator[None]:
     sweep, Sweep.current = Sweep.current, None
     if sweep is not None:
         code = sweep.close(error)
+        if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
         if code:
             sys.exit(code)
 
@@ -174,8 +182,21 @@ def is_sweep(folder: Path) -> bool:
 
 def again(folder: Path) -> None:
     """Run the command of the sweep in ``folder`` again, there: what is finished is kept, the rest runs."""
-    told = json.loads((folder / MEMORY).read_text())
+    try:
+        command = json.loads((folder / MEMORY).read_text())
+        arguments, cwd, module = [*command["arguments"]], command["cwd"], command["module"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / MEMORY} is damaged ({error}); give the sweep's command again with hydra.sweep.dir={folder}"
+        ) from error
+    if module not in SWEPT_MODULES:
+        raise InputError(f"{folder / MEMORY} names {module!r}, which is no command of smalto that can be swept")
+    if redacted_places(arguments):
+        raise InputError(
+            f"{folder / MEMORY} keeps no credentials ({' '.join(arguments)}): give the whole command again, "
+            f"with hydra.sweep.dir={folder}"
+        )
     place = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-    sys.argv[1:] = [*told["arguments"], f"hydra.sweep.dir='{place}'"]
-    os.chdir(told["cwd"])
-    import_module(told["module"]).main()
+    sys.argv[1:] = [*arguments, f"hydra.sweep.dir='{place}'"]
+    os.chdir(cwd)
+    import_module(module).main()

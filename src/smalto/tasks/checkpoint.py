@@ -1,7 +1,8 @@
 """Reading checkpoints: a Lightning checkpoint with the resolved config of its run inside.
 
-A checkpoint is a file, or the folder that ``strategy=fsdp`` writes. Both are read with ``weights_only=True``: loading
-never runs code that a file brings along.
+A checkpoint is a file, or the folder that ``strategy=fsdp`` writes. Both are read with ``weights_only=True``, and the
+config in them is data, from which only what stands in :mod:`smalto.tasks.registry` is built: loading runs no code that
+a file brings along, and takes no memory but for the weights that the file has.
 """
 
 import hashlib
@@ -11,26 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.nn.initial import share_of
+from smalto.tasks.contents import CONFIG_KEY, EMA_KEY, OFFICIAL_KEY, about_run, check_plain, network_node, section
+from smalto.tasks.integrity import verified
+from smalto.tasks.network import differences, empty, network_for
+from smalto.tasks.registry import factory
 from smalto.tasks.safetensors import SUFFIX, read_safetensors
 from smalto.tasks.sharded_folder import Place, is_folder, read_folder
-from smalto.tasks.targets import check_targets
 from smalto.tasks.torch_file import read_torch_file
 from smalto.types import CodeShape
 
-CONFIG_KEY = "smalto"
-"""Entry of a checkpoint that holds ``{"version", "kind", "config"}`` as plain data."""
-EMA_KEY = "EMA"
-"""Callback state that holds averaged weights, ``{"shadow": {name: tensor}, ...}``."""
-OFFICIAL_KEY = "official"
-"""Entry with buffers of the LlamaGen authors' code, kept for the way back into their layout."""
 
-
-def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, kind: str | None = None, ema: bool | None = None, verify: bool = True
+) -> dict[str, Any]:
     """The checkpoint as a dict, tensors mapped from the file and only read when used.
 
     Args:
@@ -39,6 +37,8 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
         kind: ``tokenizer`` or ``gpt`` if only that will do.
         ema: which weights of a folder are wanted, averaged ones where there are any or those of the training; None
             reads both.
+        verify: compare what is read of a folder with its checksums; whoever reads tensors of a file does that with
+            :func:`smalto.tasks.integrity.verified`.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
     """
     path = Path(path)
     if is_folder(path):
-        checkpoint = _read_sharded(path, ema=ema)
+        checkpoint = _read_sharded(path, ema=ema, verify=verify)
     else:
         checkpoint = _read_exported(path) if path.suffix == SUFFIX else read_torch_file(path)
     found = about_run(checkpoint, path)["kind"]
@@ -55,22 +55,8 @@ def read_checkpoint(path: str | Path, *, kind: str | None = None, ema: bool | No
     return checkpoint
 
 
-def about_run(checkpoint: Any, path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run: ``version``, ``kind``, ``config``, ``classes``.
-
-    Raises:
-        ValueError: it says nothing, because smalto did not write it.
-    """
-    if not isinstance(checkpoint, dict) or CONFIG_KEY not in checkpoint:
-        raise InputError(
-            f"{path} carries no smalto config; only checkpoints written by smalto train can be used here (a file of "
-            f"the LlamaGen authors becomes one by smalto convert in={path} out=NAME.ckpt)"
-        )
-    return checkpoint[CONFIG_KEY]
-
-
-def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
-    shapes = read_folder(path, wanted=lambda place: False)
+def _read_sharded(path: Path, *, ema: bool | None, verify: bool) -> dict[str, Any]:
+    shapes = read_folder(path, wanted=lambda place: False, verify=verify)
     averaged = _shadow(shapes).keys() if ema else ()
 
     def wanted(place: Place) -> bool:
@@ -81,11 +67,11 @@ def _read_sharded(path: Path, *, ema: bool | None) -> dict[str, Any]:
                 return ema is not False
         return False
 
-    return read_folder(path, wanted=wanted)
+    return read_folder(path, wanted=wanted, verify=verify)
 
 
 def _shadow(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    return checkpoint.get("callbacks", {}).get(EMA_KEY, {}).get("shadow", {})
+    return section(checkpoint, "callbacks", EMA_KEY, "shadow")
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
@@ -99,7 +85,10 @@ def _read_exported(path: Path) -> dict[str, Any]:
         )
     try:
         checkpoint = json.loads(beside.read_text())
-    except ValueError as error:
+        check_plain(checkpoint, 0)
+        if not isinstance(checkpoint, dict):
+            raise InputError("it holds no object")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{beside} is not the JSON file of {path.name} ({error}); copy it again") from error
     official = with_prefix(tensors, f"{OFFICIAL_KEY}.")
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{OFFICIAL_KEY}.")}
@@ -125,8 +114,9 @@ def start_from(task: Any, path: str | Path, *, kind: str) -> None:
     Raises:
         ValueError: they are of another model; all names are told, and no weight is changed.
     """
-    given = network_state(read_checkpoint(path, kind=kind, ema=True), ema=True)
-    load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
+    given = network_state(read_checkpoint(path, kind=kind, ema=True, verify=task.verify), ema=True)
+    with verified(path, given.values(), verify=task.verify):
+        load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
 
 
 def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
@@ -136,28 +126,12 @@ def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
         ValueError: ``what``, then every name that is missing, unknown or of another shape.
     """
     own = net.state_dict()
-    wrong = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
-    wrong += [f"{name} is unknown" for name in sorted(given.keys() - own.keys())]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in given and given[name].shape != value.shape
-    ]
+    wrong = differences(own, given)
     if wrong:
         raise InputError(f"{what}: {'; '.join(wrong)}")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(share_of(given[name], value))
-
-
-def build_network(node: dict[str, Any]) -> nn.Module:
-    """A network from its ``_partial_`` config node.
-
-    Raises:
-        ValueError: it names something that is not part of smalto, see :mod:`smalto.tasks.targets`.
-    """
-    check_targets(node)
-    return instantiate(node, _convert_="all")()
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -198,20 +172,25 @@ class LoadedTokenizer:
         return fingerprint(self.tokenizer)
 
 
-def load_tokenizer(path: str | Path, *, image_size: int | None = None, ema: bool = True) -> LoadedTokenizer:
+def load_tokenizer(
+    path: str | Path, *, image_size: int | None = None, ema: bool = True, verify: bool = True
+) -> LoadedTokenizer:
     """The tokenizer of a checkpoint, frozen.
 
     Args:
         path: a checkpoint of ``task=tokenizer``.
         image_size: use it at another resolution than it was trained at.
         ema: take the averaged weights when there are any.
+        verify: compare the weights with their checksums.
     """
-    checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema)
-    config = dict(checkpoint[CONFIG_KEY]["config"]["task"]["net"])
+    checkpoint = read_checkpoint(path, kind="tokenizer", ema=ema, verify=verify)
+    config = dict(network_node(checkpoint[CONFIG_KEY]["config"], Path(path)))
     if image_size is not None:
         config["image_size"] = image_size
-    tokenizer = build_network(config)
-    load_strictly(tokenizer, network_state(checkpoint, ema=ema), f"{path} is not whole")
+    state = network_state(checkpoint, ema=ema)
+    with verified(path, state.values(), verify=verify):
+        tokenizer = empty(network_for(state, config, "tokenizer", Path(path)))
+        load_strictly(tokenizer, state, f"{path} is not whole")
     tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return LoadedTokenizer(tokenizer, config, Path(path))
 
@@ -227,30 +206,35 @@ class LoadedTask:
     classes: list[str]
 
 
-def load_task(path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema: bool = True) -> LoadedTask:
+def load_task(
+    path: str | Path, *, tokenizer_ckpt: str | Path | None = None, ema: bool = True, verify: bool = True
+) -> LoadedTask:
     """The task of a checkpoint with its weights, a GPT with its tokenizer.
 
     Args:
         path: a checkpoint of ``smalto train``.
         tokenizer_ckpt: for a GPT that was trained without one.
         ema: take the averaged weights when there are any.
+        verify: compare the weights with their checksums.
     """
-    checkpoint = read_checkpoint(path, ema=ema)
-    kind, config = checkpoint[CONFIG_KEY]["kind"], checkpoint[CONFIG_KEY]["config"]
-    node = dict(config["task"])
-    if kind == "gpt":
-        node |= {"tokenizer_ckpt": tokenizer_ckpt, "compile": False}
-    else:
-        node["discriminator"] = node["perceptual"] = None
-    # Only training needs these; they may need packages and files of the machine that trained.
-    node["optimizer"] = {"_target_": "torch.optim.SGD", "_partial_": True}
-    check_targets(node)
-    task = instantiate(node, _convert_="all")
-    task.configure_model()
-    load_strictly(task.net, network_state(checkpoint, ema=ema), f"{path} is not whole")
-    if kind == "gpt" and tokenizer_ckpt is None and checkpoint.get("tokenizer_config"):
-        tokenizer = build_network(checkpoint["tokenizer_config"])
-        load_strictly(tokenizer, with_prefix(checkpoint["state_dict"], "tokenizer."), f"the tokenizer in {path}")
-        task.attach_tokenizer(tokenizer, checkpoint["tokenizer_config"])
-    classes = checkpoint[CONFIG_KEY].get("classes") or []
-    return LoadedTask(task.eval().requires_grad_(False), kind, config, checkpoint["global_step"], classes)
+    path = Path(path)
+    checkpoint = read_checkpoint(path, ema=ema, verify=verify)
+    about, state = checkpoint[CONFIG_KEY], network_state(checkpoint, ema=ema)
+    kind, config = about["kind"], about["config"]
+    inside = checkpoint.get("tokenizer_config") if kind == "gpt" and tokenizer_ckpt is None else None
+    carried = with_prefix(checkpoint["state_dict"], "tokenizer.") if inside else {}
+    with verified(path, [*state.values(), *carried.values()], verify=verify):
+        shell = network_for(state, network_node(config, path), kind, path)
+        make = factory(config["task"], f"task of a {kind}", where=f"the config in {path}")
+        given: dict[str, Any] = {"tokenizer_ckpt": tokenizer_ckpt} if kind == "gpt" else {}
+        # A generator's task gives its model memory itself.
+        task = make(net=lambda: shell if kind == "gpt" else empty(shell), optimizer=torch.optim.SGD, **given)
+        task.verify = verify
+        task.configure_model()
+        load_strictly(task.net, state, f"{path} is not whole")
+        if inside:
+            tokenizer = empty(network_for(carried, inside, "tokenizer", path))
+            load_strictly(tokenizer, carried, f"the tokenizer in {path}")
+            task.attach_tokenizer(tokenizer, inside)
+    step = checkpoint.get("global_step") or 0
+    return LoadedTask(task.eval().requires_grad_(False), kind, config, step, about.get("classes") or [])

@@ -8,7 +8,7 @@ import torch
 
 from smalto import __version__
 from smalto.files import write_json
-from smalto.tasks.checkpoint import CONFIG_KEY, OFFICIAL_KEY
+from smalto.tasks.contents import CONFIG_KEY, OFFICIAL_KEY
 from smalto.tasks.official import USAGE_QUEUE, USAGE_QUEUE_LENGTH, official_name
 from smalto.tasks.safetensors import write_safetensors
 from smalto.tasks.torch_file import write_torch_file

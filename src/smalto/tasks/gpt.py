@@ -73,6 +73,8 @@ class GPTTask(L.LightningModule):
         self.loss_rows = loss_rows
         self.recompute_every = recompute_every
         self.compile_net = compile
+        self.verify = True
+        """Whether checkpoints that this task reads are compared with their checksums."""
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
         self.net: Any = None
@@ -105,7 +107,7 @@ class GPTTask(L.LightningModule):
         if self.compile_net:
             self.net.compile_blocks()
         if self.tokenizer_ckpt is not None:
-            loaded = load_tokenizer(self.tokenizer_ckpt)
+            loaded = load_tokenizer(self.tokenizer_ckpt, verify=self.verify)
             self.attach_tokenizer(loaded.tokenizer, loaded.config)
             self._tokenizer_fingerprint = loaded.fingerprint
 

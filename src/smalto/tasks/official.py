@@ -68,13 +68,27 @@ def plain_name(name: str) -> str:
     return name
 
 
-def official_weights(content: Any, *, which: str | None, path: Path) -> dict[str, Tensor]:
+def which_weights(content: Any) -> str:
+    """Those that the authors' scripts for sampling and for extracting codes read: ``model``, ``ema`` if it is alone."""
+    alone = isinstance(content, dict) and isinstance(content.get("ema"), dict) and _wrapper(content) is None
+    return "ema" if alone else "model"
+
+
+def has_both(content: Any) -> bool:
+    """Whether a file holds trained and averaged weights."""
+    return isinstance(content, dict) and isinstance(content.get("ema"), dict) and _wrapper(content) is not None
+
+
+def _wrapper(content: dict[str, Any]) -> str | None:
+    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+
+
+def official_weights(content: Any, *, which: str, path: Path) -> dict[str, Tensor]:
     """The weights in the content of a file by plain names, without leftovers.
 
     Args:
         content: what the file holds.
-        which: ``ema``, ``model`` (the trained weights, whatever their wrapper is called), or None: the average if
-            there is one.
+        which: ``ema`` or ``model`` (the trained weights, whatever their wrapper is called), see :func:`which_weights`.
         path: for messages.
 
     Raises:
@@ -82,10 +96,10 @@ def official_weights(content: Any, *, which: str | None, path: Path) -> dict[str
     """
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds {_described(content)}, a dict of weights is needed; give a model checkpoint")
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    wrapper = _wrapper(content)
     if which == "ema" and not isinstance(content.get("ema"), dict):
         raise InputError(f"{path} has no averaged weights (it holds {_listed(content)}); use weights=model")
-    if which != "model" and isinstance(content.get("ema"), dict):
+    if which == "ema":
         weights = _tensors(content["ema"], path)
         trained = _tensors(content[wrapper], path) if wrapper else {}
         return weights | {name: trained[name] for name in BUFFERS if name in trained and name not in weights}
@@ -127,10 +141,19 @@ def kind_of(names: Iterable[str], path: Path) -> str:
     )
 
 
+ARGUMENTS = {"image_size": int, "downsample_size": int, "codebook_l2_norm": bool, "gpt_model": str, "vq_model": str}
+"""Of the command line of the authors' training, what says something of the network."""
+
+
 def arguments(content: Any) -> dict[str, Any]:
-    """The command line of the training run, where the file has it."""
+    """Of the command line of the training run, where the file has it, what is known and of its kind."""
     found = content.get("args") if isinstance(content, dict) else None
-    return dict(vars(found)) if isinstance(found, argparse.Namespace) else {}
+    given = vars(found) if isinstance(found, argparse.Namespace) else {}
+    return {
+        key: given[key]
+        for key, kind in ARGUMENTS.items()
+        if type(given.get(key)) is kind and not (kind is int and not 0 < given[key] < 2**16)
+    }
 
 
 def _listed(names: Iterable[str], limit: int = 6) -> str:

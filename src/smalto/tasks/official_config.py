@@ -34,12 +34,14 @@ class Hints:
         downsample_factor: pixels per code along a side, of a generator.
         num_heads: attention heads, of a generator of no published size.
         l2_norm: whether the codebook lies on the unit sphere, of a tokenizer.
+        force: believe these where the file says otherwise.
     """
 
     image_size: int | None = None
     downsample_factor: int | None = None
     num_heads: int | None = None
     l2_norm: bool | None = None
+    force: bool = False
 
 
 class Shapes:
@@ -53,7 +55,7 @@ class Shapes:
         """Length of ``axis`` of the first of ``names`` that is there and has it."""
         for name in names:
             shape = self.shapes.get(name, ())
-            if len(shape) > axis:
+            if len(shape) > axis and shape[axis] > 0:
                 return shape[axis]
         raise InputError(
             f"{self.path}: missing tensor{'s' * (len(names) > 1)} {' and '.join(names)}, without which the size of the "
@@ -63,7 +65,10 @@ class Shapes:
     def count(self, pattern: str) -> int:
         """One more than the largest number that the group of ``pattern`` matches at the start of a name; 0 if none."""
         found = (re.match(pattern, name) for name in self.shapes)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        count = max((int(match[1][:9]) + 1 for match in found if match), default=0)
+        if count > len(self.shapes):
+            raise InputError(f"{self.path}: its tensors count to {count - 1} and are {len(self.shapes)}; it is damaged")
+        return count
 
 
 def gpt_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> dict[str, Any]:
@@ -76,7 +81,8 @@ def gpt_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> dict[st
     vocabulary = shapes.size(0, "tok_embeddings.weight", "output.weight")
     dim = shapes.size(1, "tok_embeddings.weight", "output.weight")
     layers = shapes.count(r"layers\.(\d+)\.")
-    num_heads = hints.num_heads or HEADS.get((dim, layers))
+    published = HEADS.get((dim, layers))
+    num_heads = hints.num_heads or published
     asked = []
     if hints.image_size is None:
         guess = re.search(r"(?<!\d)(256|384|512)(?!\d)", path.name)
@@ -89,6 +95,11 @@ def gpt_node(weights: Mapping[str, Tensor], hints: Hints, path: Path) -> dict[st
     assert num_heads is not None
     factor = hints.downsample_factor or 16
     problems = []
+    if published not in (None, num_heads) and not hints.force:
+        problems.append(
+            f"num_heads is {num_heads}, the published size of width {dim} with {layers} layers has {published}; leave "
+            "num_heads out, or give force=true if this is another model"
+        )
     if hints.image_size % factor or hints.image_size < factor:
         problems.append(f"image_size is {hints.image_size}, it must be a multiple of downsample_factor ({factor})")
     if dim % num_heads or (dim // num_heads) % 4:

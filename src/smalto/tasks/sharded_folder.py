@@ -5,9 +5,11 @@ A folder holds the same tree that a checkpoint file would hold. Its large tensor
 """
 
 import io
+import math
 import os
 import pickle
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from smalto.errors import InputError
 from smalto.files import write_bytes
-from smalto.tasks.torch_file import DAMAGE, read_torch_file
+from smalto.tasks.torch_file import DAMAGE, check_archive, read_torch_file
 
 Place = tuple[Any, ...]
 """Keys and indices that lead to a tensor in the tree."""
 
-META, INDEX = "meta.pt", ".metadata"
+META, INDEX, INDEX_CHECKSUM = "meta.pt", ".metadata", ".metadata.crc32"
 MARK = "smalto_tensor"
 SMALL = 1024
 """Plain tensors of up to so many numbers stay in ``meta.pt``: step counters of an optimizer, for instance."""
@@ -62,15 +66,74 @@ class ShardWriter(FileSystemWriter):
         """Neither path nor identity."""
         return StorageMeta()
 
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        """Write the index, and its checksum; the parts have theirs inside."""
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        write_bytes(folder / INDEX_CHECKSUM, f"{zlib.crc32((folder / INDEX).read_bytes()):08x}\n".encode())
+
 
 class _Reader(FileSystemReader):
-    """Reads an index without running what it brings along."""
+    """Reads an index without running what it brings along, and parts that are what was written."""
+
+    def __init__(self, path: Path, *, verify: bool = False) -> None:
+        super().__init__(path)
+        self.verify = verify
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata: Metadata = _Unpickler(io.BytesIO((Path(self.path) / INDEX).read_bytes())).load()
+        content, checksum = (Path(self.path) / INDEX).read_bytes(), Path(self.path) / INDEX_CHECKSUM
+        if self.verify and checksum.exists() and checksum.read_text().strip() != f"{zlib.crc32(content):08x}":
+            raise ValueError(f"the checksum of {INDEX} differs")
+        metadata: Metadata = _Unpickler(io.BytesIO(content)).load()
+        check_index(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        parts = {(info.relative_path, info.offset): info for info in map(self._info, plan.items)}
+        for (name, offset), info in sorted(parts.items()):
+            with (Path(self.path) / name).open("rb") as file:
+                file.seek(offset)
+                try:
+                    check_archive(io.BytesIO(file.read(info.length)), info.length, verify=self.verify)
+                except (*DAMAGE, OSError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return super().read_data(plan, planner)
+
+    def _info(self, item: Any) -> Any:
+        return self.storage_data[item.storage_index]
+
+
+def check_index(metadata: Any) -> None:
+    """Refuse an index that is no index, leads out of its folder, or announces more than it has parts for.
+
+    Raises:
+        ValueError: or another of :data:`DAMAGE`.
+    """
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError("it is no index of tensors")
+    names = {info.relative_path for info in metadata.storage_data.values()}
+    if any(type(name) is not str or name != os.path.basename(name) for name in names):
+        raise ValueError("it names files outside of the folder")
+    if any(type(n) is not int or n < 0 for info in metadata.storage_data.values() for n in (info.offset, info.length)):
+        raise ValueError("it holds lengths that are no numbers")
+    announced = 0
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(name) is not str or not isinstance(entry, TensorStorageMetadata):
+            raise ValueError("it holds something else than tensors by name")
+        announced += math.prod(entry.size) * entry.properties.dtype.itemsize
+    whole = sum(_ends(metadata).values())
+    if announced > whole:
+        raise ValueError(f"its tensors would take {announced:,} bytes, its parts have {whole:,}")
+
+
+def _ends(metadata: Metadata) -> dict[str, int]:
+    """How long each file must be."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    return ends
 
 
 def is_folder(path: str | Path) -> bool:
@@ -87,10 +150,11 @@ def damage(path: Path) -> str | None:
         metadata = _Reader(path).read_metadata()
     except (*DAMAGE, OSError) as error:
         return f"{INDEX} cannot be read ({error})"
-    ends: dict[str, int] = {}
-    for info in metadata.storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    short = [name for name, end in ends.items() if not (path / name).is_file() or (path / name).stat().st_size < end]
+    short = [
+        name
+        for name, end in _ends(metadata).items()
+        if not (path / name).is_file() or (path / name).stat().st_size < end
+    ]
     return f"{', '.join(sorted(short))} missing or cut short" if short else None
 
 
@@ -120,6 +184,7 @@ def read_folder(
     *,
     like: Callable[[Place], Tensor | None] = lambda place: None,
     wanted: Callable[[Place], bool] = lambda place: True,
+    verify: bool = True,
 ) -> Any:
     """The tree, as from a file of ``torch.save``; every process reads what it needs, without asking the others.
 
@@ -127,6 +192,7 @@ def read_folder(
         path: of the folder.
         like: sharded tensor after whose fashion the one at a place is to be divided; None: read it whole.
         wanted: which tensors to read; others come back on the meta device, with their shape only.
+        verify: compare what is read with the checksums of what was written.
 
     Raises:
         ValueError: parts are missing or damaged.
@@ -136,8 +202,11 @@ def read_folder(
     if found is not None:
         raise InputError(f"{path} is not a whole checkpoint folder: {found}; copy it again, or use the one before")
     tree = read_torch_file(path / META)
-    reader = _Reader(path)
-    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    reader = _Reader(path, verify=verify)
+    try:
+        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    except (*DAMAGE, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy it again, or use the one before") from error
     targets: dict[str, Tensor] = {}
 
     def target(mark: str, place: Place) -> Tensor:
@@ -157,8 +226,9 @@ def read_folder(
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist, as asked for
                 dcp.load(dict(targets), storage_reader=reader, no_dist=True)
-    except (*DAMAGE, dcp.CheckpointException) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except (*DAMAGE, OSError, dcp.CheckpointException) as error:
+        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise InputError(f"{path} is damaged ({reason}); copy it again, or use the one before") from error
     return tree
 

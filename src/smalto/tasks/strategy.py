@@ -1,6 +1,6 @@
 """``strategy=fsdp``, and checkpoints that any strategy goes on from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from smalto.errors import StorageError
 from smalto.nn.initial import share_of
-from smalto.tasks.checkpoint import EMA_KEY
+from smalto.tasks.contents import EMA_KEY
+from smalto.tasks.integrity import all_tensors, verified
 from smalto.tasks.sharded_folder import Place, ShardWriter, is_folder, read_folder, take_tensors, write_meta
 from smalto.tasks.torch_file import read_torch_file
 
@@ -37,11 +38,43 @@ def _as_os_error() -> Iterator[None]:
 class AnyCheckpoint(TorchCheckpointIO):
     """Plain strategies read checkpoint files as Lightning does, and the folders of :class:`ShardedStrategy` too."""
 
+    def __init__(self, *, verify: bool = True) -> None:
+        super().__init__()
+        self.verify = verify
+        """Whether what is read is compared with the checksums of what was written."""
+
     def load_checkpoint(self, path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The checkpoint with whole tensors, in every process."""
         if is_folder(path):
-            return read_folder(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+            return read_folder(path, verify=self.verify)
+        return read_whole(Path(path), verify=self.verify)
+
+
+def read_whole(path: Path, *, verify: bool, share: Callable[[Place, Tensor], Tensor | None] | None = None) -> Any:
+    """A checkpoint file in memory: it may be removed while the training that it belongs to goes on.
+
+    Args:
+        path: of the file.
+        verify: compare it with its checksums.
+        share: this process's part of the tensor at a place; None: all of it.
+
+    Raises:
+        InputError: another file, or a damaged one.
+    """
+    tree = read_torch_file(path)
+
+    def taken(value: Any, place: Place) -> Any:
+        if isinstance(value, Tensor):
+            part = None if share is None else share(place, value)
+            return (value if part is None else part).clone()
+        if isinstance(value, dict):
+            return {key: taken(entry, (*place, key)) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(taken(entry, (*place, i)) for i, entry in enumerate(value))
+        return value
+
+    with verified(path, all_tensors(tree), verify=verify):
+        return taken(tree, ())
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -153,8 +186,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """A folder, or a file that another strategy wrote: each process keeps its share of what it shares."""
         path = Path(self.broadcast(checkpoint_path))
         if is_folder(path):
-            return read_folder(path, like=self._like)
-        return self._shares(read_torch_file(path), ())
+            return read_folder(path, like=self._like, verify=self._verify)
+        return read_whole(path, verify=self._verify, share=self._share)
+
+    @property
+    def _verify(self) -> bool:
+        return getattr(self.checkpoint_io, "verify", True)
 
     def _like(self, place: Place) -> Tensor | None:
         """The sharded tensor that belongs to a place in a checkpoint."""
@@ -170,15 +207,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 return parameters[position] if position < len(parameters) else None
         return None
 
-    def _shares(self, tree: Any, place: Place) -> Any:
-        """A tree of mapped tensors, each cut down to this process's share and read."""
-        if isinstance(tree, Tensor):
-            like = self._like(place)
-            if like is None or like.shape != tree.shape:
-                return tree.clone()
-            return share_of(tree, like).clone()
-        if isinstance(tree, dict):
-            return {key: self._shares(value, (*place, key)) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return type(tree)(self._shares(value, (*place, i)) for i, value in enumerate(tree))
-        return tree
+    def _share(self, place: Place, whole: Tensor) -> Tensor | None:
+        like = self._like(place)
+        return None if like is None or like.shape != whole.shape else share_of(whole, like)

@@ -94,6 +94,8 @@ class TokenizerTask(L.LightningModule):
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self.engine = EngineConfig()
         """How :meth:`reconstruct` decodes; may be replaced at any time."""
+        self.verify = True
+        """Whether checkpoints that this task reads are compared with their checksums."""
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
         self.net: Any = None

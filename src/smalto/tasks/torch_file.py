@@ -2,17 +2,21 @@
 
 import argparse
 import pickle
+import pickletools
 import re
 import struct
 import warnings
+import zlib
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import IO, Any, cast
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 
 from smalto.errors import InputError, MissingFile
 from smalto.files import replacing
+from smalto.tasks.contents import check_plain
 
 DAMAGE = (
     RuntimeError,
@@ -24,9 +28,21 @@ DAMAGE = (
     TypeError,
     AssertionError,
     ArithmeticError,
+    NotImplementedError,
     struct.error,
+    zlib.error,
+    BadZipFile,
 )
 """What torch raises on damaged files, depending on where they are damaged."""
+
+KNOWN_TO_PICKLES = re.compile(
+    r"collections OrderedDict|argparse Namespace|torch Size|torch\.nn\.parameter Parameter"
+    r"|torch\._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|torch \w+Storage|torch (float|bfloat|complex|u?int|bool)\d*"
+)
+"""All that a checkpoint may name. Torch's own list is longer: it has what makes objects of any size from a number."""
+PICKLES_OF_OLD_FILES = 5
+"""Magic number, protocol, system, content, keys of the storages."""
 
 NOT_TORCH = (
     (b"PK", "a truncated zip archive"),
@@ -39,8 +55,8 @@ NOT_TORCH = (
 def read_torch_file(path: str | Path) -> Any:
     """What ``torch.save`` wrote there: tensors and plain data only, tensors mapped from the file and read when used.
 
-    ``weights_only=True`` always; of classes, only ``argparse.Namespace`` is known, which the LlamaGen authors save
-    beside their weights. Files in the format before torch 1.6 are read into memory.
+    ``weights_only=True`` always, and of what that allows only :data:`KNOWN_TO_PICKLES`; ``argparse.Namespace`` is what
+    the LlamaGen authors save beside their weights. Files in the format before torch 1.6 are read into memory.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -60,16 +76,61 @@ def read_torch_file(path: str | Path) -> Any:
         kind = next((what for mark, what in NOT_TORCH if start.startswith(mark.lower())), None)
         kind = kind or ("another kind of file" if head else "an empty file")
         raise InputError(f"{path} is not a torch checkpoint (not a whole zip archive, but {kind}); copy it again")
+    size = path.stat().st_size
     try:
+        check_archive(path, size) if zipped else _check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about unusual pickles; they load or they do not
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except DAMAGE as error:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        check_plain(content, size)
+    except (*DAMAGE, OSError) as error:  # offsets that no file has are an error of the system
         raise InputError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error
+    return content
+
+
+def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) -> None:
+    """Refuse what is packed, as a small file could then hold any amount, and pickles that name what they may not.
+
+    Args:
+        source: the archive, of ``size`` bytes.
+        size: of it.
+        verify: compare all of it with its checksums; of pickles they are compared in any case.
+
+    Raises:
+        ValueError: or another of :data:`DAMAGE`.
+    """
+    with ZipFile(source) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != ZIP_STORED or e.file_size != e.compress_size for e in entries):
+            raise InputError("its parts are compressed, which torch.save does not do")
+        if sum(e.file_size for e in entries) > size:
+            raise InputError("its parts are larger than the file")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                with archive.open(entry) as file:
+                    _check_names(file)
+                    file.read()  # at the end the checksum is compared
+        damaged = archive.testzip() if verify else None
+        if damaged:
+            raise BadZipFile(f"the checksum of {damaged} differs")
+
+
+def _check_pickles(path: Path) -> None:
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        for _ in range(PICKLES_OF_OLD_FILES):
+            _check_names(cast("IO[bytes]", content))
+
+
+def _check_names(file: IO[bytes]) -> None:
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("GLOBAL", "INST") and not KNOWN_TO_PICKLES.fullmatch(str(argument)):
+            raise pickle.UnpicklingError(f"GLOBAL {str(argument).replace(' ', '.')}")
 
 
 def _reason(error: Exception) -> str:
     """One line of torch's many."""
+    if isinstance(error, InputError):
+        return f"{error}; ask whoever made it for another"
     text = str(error)
     found = re.search(r"GLOBAL ([\w.]+)", text)
     if found:
@@ -77,7 +138,7 @@ def _reason(error: Exception) -> str:
             f"it holds {found[1]}, which is code and not a tensor; loading runs no code, so ask whoever made it for "
             "a file with tensors only (torch.save of a state_dict)"
         )
-    line = re.sub(r"\s+", " ", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
+    line = re.sub(r"[^ -~]+", " ", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
     return f"{line[:200]} (damaged, or not a file of torch.save; copy it again)"
 
 
