@@ -146,8 +146,13 @@ def _reason(error: Exception) -> str:
             f"it holds {found[1]}, which is code and not a tensor; loading runs no code, so ask whoever made it for "
             "a file with tensors only (torch.save of a state_dict)"
         )
-    line = re.sub(r"[^ -~]+", " ", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
-    return f"{line[:200]} (damaged, or not a file of torch.save; copy it again)"
+    return f"{one_line(error)} (damaged, or not a file of torch.save; copy it again)"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, without what a terminal would obey."""
+    text = str(error).strip()
+    return re.sub(r"[^ -~]+", " ", text.splitlines()[0] if text else type(error).__name__)[:200]
 
 
 def write_torch_file(path: Path, content: Any) -> None:
