@@ -70,7 +70,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise MissingFile(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
     with path.open("rb") as file:
         head = file.read(512)
-    zipped = _is_archive(path)
+    zipped = is_archive(path)
     if not zipped and not re.match(rb"\x80[\x02-\x05]", head):  # the old format is a row of pickles
         start = head.lstrip().lower()
         kind = next((what for mark, what in NOT_TORCH if start.startswith(mark.lower())), None)
@@ -88,7 +88,7 @@ def read_torch_file(path: str | Path) -> Any:
     return content
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """As :func:`zipfile.is_zipfile`, for archives that say they are parts of one too."""
     try:
         return is_zipfile(path)
