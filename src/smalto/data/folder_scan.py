@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smalto.data.annotations import split_word
+from smalto.data.annotations import has_held_out, split_word, words_of_splits
 from smalto.data.shards import IMAGE_SUFFIXES
 from smalto.errors import InputError, MissingFile
 
@@ -73,7 +73,10 @@ def folders_are_splits(path: Path, files: Sequence[tuple[str, ...]], layout: str
     """
     tops = sorted({parts[0] for parts in files if len(parts) > 1})
     splits = {top: split_word(top) for top in tops if split_word(top)}
-    if layout == "classes" or (layout == "auto" and not splits):
+    if layout == "classes":
+        return False
+    if layout == "auto" and not splits:
+        _refuse_hidden_splits(path, files, tops)
         return False
     others = [f"the folder {top}" for top in tops if top not in splits] + [p[0] for p in files if len(p) == 1]
     if layout == "auto" and "train" not in splits.values() and others:
@@ -92,6 +95,34 @@ def folders_are_splits(path: Path, files: Sequence[tuple[str, ...]], layout: str
             f"{told_apart}"
         )
     return True
+
+
+def _refuse_hidden_splits(path: Path, files: Sequence[tuple[str, ...]], tops: Sequence[str]) -> None:
+    """Refuse splits under names or in places where they would be taken for classes, or for nothing.
+
+    Raises:
+        ValueError: all top folders hold words for splits (``train2017``, ``test_set``), or ``train`` and ``val`` lie
+            deeper.
+    """
+    words = [words_of_splits(top) for top in tops]
+    if words and all(words) and has_held_out(word for found in words for word in found):
+        raise InputError(
+            f"{path} has {', '.join(tops[:5])}{', ...' if len(tops) > 5 else ''}: splits by the words in them; call "
+            "them train, val, test, or set source.layout=classes if they are classes"
+        )
+    below: dict[tuple[str, ...], set[str]] = {}
+    for parts in files:
+        for depth in range(1, len(parts) - 1):
+            if split_word(parts[depth]):
+                below.setdefault(parts[:depth], set()).add(parts[depth])
+    deeper = sorted(parent for parent, names in below.items() if has_held_out(map(split_word, names)))
+    if deeper:
+        more = f", and below {len(deeper) - 1} more folders" if len(deeper) > 1 else ""
+        raise InputError(
+            f"{path} has splits below {'/'.join(deeper[0])} ({', '.join(sorted(below[deeper[0]]))}){more}: set "
+            "source.path to the folder that holds train and val, name each file's split in a table (source.metadata), "
+            "or set source.layout=classes to take all as one"
+        )
 
 
 def is_hidden(parts: Iterable[str]) -> bool:
