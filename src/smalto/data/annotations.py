@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import one_line
 from smalto.errors import InputError
 
 SPLITS = {
@@ -75,20 +76,16 @@ def read_labels(values: Sequence[Any], place: Callable[[int], str]) -> list[int 
         place: says where value number i stands.
 
     Raises:
-        ValueError: a fraction, NaN or a word for it among numbers, a number that is no class, or no single value.
+        ValueError: a fraction, NaN or a word for it among numbers, or no single value. (Numbers that are no class, such
+            as -1, may stand in a split that nobody takes: ``check_labels`` looks at those that are taken.)
     """
     read = [_read(value, i, place) for i, value in enumerate(values)]
     names = any(kind is str for kind, _ in read)
-    for i, (kind, number) in enumerate(read):
+    for i, (kind, _) in enumerate(read):
         if kind is float and not (names and isinstance(values[i], str)):
             raise InputError(
                 f"{place(i)}: the label {_shown(values[i])} is no class; labels are whole numbers from 0, or names, or "
                 "left empty"
-            )
-        if not names and number is not None and not 0 <= number <= MAX_LABEL:
-            raise InputError(
-                f"{place(i)}: the label is {number}; labels count from 0 to {MAX_LABEL}: leave it empty where there is "
-                "no label, or take the images without labels"
             )
     if names:
         found = [None if value is None else str(value).strip() for value in map(_blank, values)]
@@ -179,6 +176,8 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 def class_number(label: int | str | None, numbers: Mapping[str, int], where: object) -> int | None:
     """Label as a number; names are looked up in ``numbers``."""
     if not isinstance(label, str):
+        if label is not None and not 0 <= label <= MAX_LABEL:
+            raise InputError(f"the label is {label}; labels count from 0 to {MAX_LABEL}")
         return label
     if label not in numbers:
         raise InputError(
@@ -188,30 +187,41 @@ def class_number(label: int | str | None, numbers: Mapping[str, int], where: obj
     return numbers[label]
 
 
-def check_labels(labels: Sequence[int | str | None], classes: Sequence[str], name: Callable[[int], str]) -> None:
+def check_labels(
+    labels: Sequence[int | str | None], records: Iterable[int], classes: Sequence[str], name: Callable[[int], str]
+) -> None:
     """Refuse, before any image is read, labels that no set of classes can have.
 
     Args:
         labels: of all records.
+        records: those that are wanted; of others nothing is asked.
         classes: their names; may be empty.
         name: of a record.
 
     Raises:
-        ValueError: only some records have one, or a number beyond the names.
+        ValueError: only some records have one, or a number that is no class.
     """
-    missing = [i for i, label in enumerate(labels) if label is None]
-    if missing and len(missing) < len(labels):
-        shown = ", ".join(name(i) for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    records = [int(i) for i in records]
+    missing = [i for i in records if labels[i] is None]
+    if missing and len(missing) < len(records):
+        shown = ", ".join(one_line(name(i)) for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(
-            f"{len(missing)} of {len(labels)} images have no label ({shown}); give all of them one, or none (labels "
+            f"{len(missing)} of {len(records)} images have no label ({shown}); give all of them one, or none (labels "
             "are not needed to train a tokenizer)"
         )
-    if classes:
-        for i, label in enumerate(labels):
-            if isinstance(label, int) and label >= len(classes):
-                raise InputError(
-                    f"{name(i)}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
-                )
+    for i in records:
+        label, where = labels[i], one_line(name(i))
+        if not isinstance(label, int):
+            continue
+        if not 0 <= label <= MAX_LABEL:
+            raise InputError(
+                f"{where}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where there "
+                "is no label, or take the images without labels"
+            )
+        if classes and label >= len(classes):
+            raise InputError(
+                f"{where}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
+            )
 
 
 def check_range(labels: np.ndarray, num_classes: int, where: object) -> None:

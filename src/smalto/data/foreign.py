@@ -27,7 +27,12 @@ def reading(what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """An exception in one line, also where it has no text or many lines."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A name from outside for a message, which has one line."""
+    return " ".join(text.split())
 
 
 def open_plain(path: Path) -> BinaryIO:

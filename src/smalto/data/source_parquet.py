@@ -166,9 +166,9 @@ class Parquet(Source):
             )
         return [names.get(number, str(number)) for number in range(highest + 1)]
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
-        check_labels(self._labels, self.classes, self.name)
+        check_labels(self._labels, range(len(self)) if records is None else records, self.classes, self.name)
 
     @property
     def skipped(self) -> Mapping[str, int]:

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from smalto.data.annotations import (
     check_labels,
     class_number,
@@ -19,7 +21,7 @@ from smalto.data.annotations import (
     read_caption,
     read_labels,
 )
-from smalto.data.foreign import reading
+from smalto.data.foreign import one_line, reading
 from smalto.data.patterns import expand_paths
 from smalto.data.pictures import check_file_size
 from smalto.data.shards import META, Member, read_member, tar_members
@@ -77,7 +79,9 @@ class Tar(Source):
                     continue
                 key, suffix = place
                 if suffix in found.setdefault(key, {}):
-                    raise InputError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
+                    raise InputError(
+                        f"{shard} holds {one_line(member.name)} twice; write it with unique keys, or leave it out"
+                    )
                 found[key][suffix] = member
             for key, members in found.items():
                 parts = roles(key, members, shard)
@@ -139,11 +143,11 @@ class Tar(Source):
     def _numbers(self) -> dict[str, int]:
         return class_numbers(self.classes)
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
         labels, damaged = self._labels
-        sound = [index for index in range(len(labels)) if index not in damaged]
-        check_labels([labels[i] for i in sound], self.classes, lambda i: self.name(sound[i]))
+        wanted = range(len(self)) if records is None else records
+        check_labels(labels, (i for i in wanted if i not in damaged), self.classes, self.name)
 
     def __len__(self) -> int:
         return len(self._entries)

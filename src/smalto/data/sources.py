@@ -83,8 +83,11 @@ class Source(ABC):
         """What was found and is no record, counted by kind."""
         return {}
 
-    def check(self) -> None:
-        """Look at all that is said of the records, before any image is read.
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
+        """Look at what is said of some records, before any image is read.
+
+        Args:
+            records: their numbers; None: all.
 
         Raises:
             ValueError: labels that no set of classes can have, or only for some.
@@ -123,7 +126,7 @@ class ArraySource(Source):
                 )
         return parts
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
         assert self._parts is not None
 
@@ -233,9 +236,14 @@ class Folder(Source):
             log.warning("%s: folders without images: %s", self._path, ", ".join(empty))
         return rows
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
-        check_labels([row.label for row in self._rows], self.classes, self.name)
+        wanted = range(len(self)) if records is None else records
+        check_labels([row.label for row in self._rows], wanted, self.classes, self._place)
+
+    def _place(self, index: int) -> str:
+        row = self._rows[index]
+        return row.path if self._metadata is None else f"{self._metadata}, line {row.line} ({row.path})"
 
     @property
     def skipped(self) -> Mapping[str, int]:

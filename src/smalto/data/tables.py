@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from smalto.data.annotations import read_caption, read_labels
+from smalto.data.foreign import one_line
 from smalto.errors import InputError, MissingFile
 
 PATH = ("path", "file_name")
@@ -62,8 +63,9 @@ def _inner_path(cells: dict[str, Any], place: str) -> str:
     """Where the file of a row is; never outside the folder, whatever the table says: it came with the images."""
     value = next((cells[key] for key in PATH if cells.get(key)), None)
     if not value:
+        columns = ", ".join(map(one_line, cells)) or "none"
         raise InputError(
-            f"{place}: the table has rows without path; its columns are {', '.join(map(str, cells)) or 'none'}, and "
+            f"{place}: the table has rows without path; its columns are {columns}, and "
             f"each row needs {' or '.join(PATH)}: the file's place below source.path"
         )
     if not isinstance(value, str):
@@ -131,4 +133,4 @@ def _delimiter(text: str) -> str:
 
 
 def _column(name: str) -> str:
-    return name.strip().strip('"').strip().lower()
+    return one_line(name.strip().strip('"').lower())

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from smalto.data.foreign import reason
+from smalto.data.foreign import one_line, reason
 from smalto.data.patterns import expand_braces, expand_paths
 from smalto.data.pictures import MAX_FILE
 from smalto.data.tar_members import StrictTarInfo
@@ -161,7 +161,9 @@ def _samples(stream: _Unpacked, url: str) -> Iterator[dict[str, bytes]]:
                 sample = {}
             last = key
             if suffix in sample:
-                raise InputError(f"{url} holds {member.name} twice; write it with unique keys, or leave it out")
+                raise InputError(
+                    f"{url} holds {one_line(member.name)} twice; write it with unique keys, or leave it out"
+                )
             if is_image(suffix) or suffix.rpartition(".")[2] in ("cls", "txt", "json"):
                 content = tar.extractfile(member)
                 assert content is not None

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.data.shards import ShardFiles, map_member, tar_members
 from smalto.errors import InputError, MissingFile
 
@@ -27,7 +28,8 @@ def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray
         path = folder / f"{key}.npy"
         if not path.is_file():
             raise MissingFile(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
-        features = np.load(path, allow_pickle=False)
+        with reading(f"{path} is not a whole .npy file"):
+            features = np.load(path, allow_pickle=False)
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         if features.ndim != 2 or not len(features) or (rows and features.shape[1] != rows[0].shape[1]):
             width = rows[0].shape[1] if rows else "width"
