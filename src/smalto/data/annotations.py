@@ -199,7 +199,7 @@ def check_labels(
         name: of a record.
 
     Raises:
-        ValueError: only some records have one, or a number that is no class.
+        ValueError: only some records have one, or a number or a name that is no class.
     """
     records = [int(i) for i in records]
     missing = [i for i in records if labels[i] is None]
@@ -209,18 +209,27 @@ def check_labels(
             f"{len(missing)} of {len(records)} images have no label ({shown}); give all of them one, or none (labels "
             "are not needed to train a tokenizer)"
         )
+    numbers = class_numbers(classes)
+    unknown = [i for i in records if isinstance(label := labels[i], str) and label not in numbers]
+    if unknown:
+        shown = ", ".join(sorted({repr(labels[i]) for i in unknown})[:5])
+        raise InputError(
+            f"{len(unknown)} of {len(records)} images ({one_line(name(unknown[0]))}, ...) are of classes not among "
+            f"source.classes, or that several have there: {shown}; correct the list"
+        )
     for i in records:
-        label, where = labels[i], one_line(name(i))
+        label = labels[i]
         if not isinstance(label, int):
             continue
         if not 0 <= label <= MAX_LABEL:
             raise InputError(
-                f"{where}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where there "
-                "is no label, or take the images without labels"
+                f"{one_line(name(i))}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where "
+                "there is no label, or take the images without labels"
             )
         if classes and label >= len(classes):
             raise InputError(
-                f"{where}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
+                f"{one_line(name(i))}: a label is {label} but the source names {len(classes)} classes; correct "
+                "source.classes"
             )
 
 
