@@ -20,13 +20,16 @@ from smalto.data.image_stream import ImageStream
 from smalto.data.npz_images import open_npz_images
 from smalto.data.patterns import expand_braces, expand_paths, scan_foreign
 from smalto.data.pictures import read_picture_file
+from smalto.data.reader import ImageReader
 from smalto.data.source_cifar import Cifar10
 from smalto.data.source_idx import read_idx
 from smalto.data.source_parquet import Parquet
 from smalto.data.source_tar import Tar
 from smalto.data.sources import Folder
 from smalto.data.tar_members import tar_members
+from smalto.data.tar_stream import read_samples
 from smalto.errors import UserError
+from smalto.prepare import prepare_images
 
 
 def png(value: int = 0) -> bytes:
@@ -114,6 +117,9 @@ def test_tars_put_one_after_the_other_are_refused(tmp_path, form):
     assert len(list(tar_members(first))) == 2
     with pytest.raises(UserError, match="more members behind its end mark"):
         list(tar_members(tmp_path / "both.tar"))
+    assert len(list(read_samples(str(first)))) == 2
+    with pytest.raises(UserError, match="more members behind its end mark"):
+        list(read_samples(f"pipe:cat {first} {second}"))
 
 
 def test_links_to_what_comes_later_count(tmp_path):
@@ -141,6 +147,8 @@ def test_text_with_a_byte_order_mark(tmp_path):
     stream = ImageStream.__new__(ImageStream)
     stream._numbers, stream._num_classes = {}, None
     assert stream._label(mark + b"1") == 1
+    shard = tar(tmp_path / "s" / "a.tar", {"0.png": png(), "0.cls": mark + b"1"})
+    assert ImageReader(shard.parent, scan_foreign(shard), "train").labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("text", [struct.pack("<q", 5).decode(), "\ufeff1", "\ud800"])
@@ -297,3 +305,21 @@ def test_classes_that_are_not_listed_are_refused_before_images_are_read(tmp_path
     source = Folder(path=put(tmp_path, "cat/a.png", "dog/b.png", "dog/c.png"), classes=classes)
     with pytest.raises(UserError, match=r"of 3 images .*not among source.classes.*'dog'"):
         source.check()
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["Cat", "cat"], "classes are called 'Cat', 'cat': nearly the same"),
+        (["caf\u00e9", "cafe\u0301"], "nearly the same"),
+        (["nan", "cat"], "classes are called nan: if that says there is no label"),
+        (["0", "2000000"], "1999999 of 2000001 classes have no images: 1, 2, 3, 4, 5, ..."),
+    ],
+)
+def test_classes_that_are_seldom_meant_are_told(tmp_path, labels, told, caplog):
+    source = table(tmp_path / "in", "path,label\n" + "".join(f"a.png,{label}\n" for label in labels))
+    options = {"split": "auto", "val_fraction": 0, "limit": None, "shuffle": False, "seed": 0, "shard_size": 9}
+    options |= {"workers": 0, "max_rejected": 0, "overwrite": False, "description": {}, "command": ""}
+    with caplog.at_level(logging.WARNING):
+        prepare_images(source, out=tmp_path / "out", recipe=Recipe("keep", None, "png", 1), **options)
+    assert told in caplog.text

@@ -88,9 +88,9 @@ def read_labels(values: Sequence[Any], place: Callable[[int], str]) -> list[int 
                 "left empty"
             )
     if names:
-        found = [None if value is None else str(value).strip() for value in map(_blank, values)]
+        found: list[int | str | None] = [None if v is None else str(v).strip() for v in map(_blank, values)]
         for i, name in enumerate(found):
-            if name is not None and _NO_NAME.search(name):
+            if isinstance(name, str) and _NO_NAME.search(name):
                 raise InputError(
                     f"{place(i)}: the label {_shown(name)} holds bytes that are no text; write it as a number or a name"
                 )

@@ -1,10 +1,11 @@
 """Where the files of an uncompressed tar lie: the headers of our own shards by hand, all others by ``tarfile``."""
 
+import itertools
 import os
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -12,7 +13,7 @@ from smalto.data.foreign import open_plain, reason
 from smalto.errors import InputError
 
 _BLOCK = 512  # tar's unit: every header and every member starts at a multiple
-_PADDING = 2**20  # zero bytes behind the last member that are looked through
+_PADDING = 2**11  # blocks of zeros behind the last member that are looked through
 _END = bytes(_BLOCK)
 _EXTENSION = 2**14  # bytes of an extension header: some versions of tarfile take quadratic time over them
 
@@ -109,7 +110,7 @@ def _any_members(path: Path, end: int, skipped: Counter[str]) -> list[Member]:
     members: list[Member | tarfile.TarInfo] = []  # links to what comes later stay as they are, until all is read
     last = -1
     try:
-        with tarfile.open(path, "r:", tarinfo=StrictTarInfo) as tar:
+        with open_plain(path) as raw, tarfile.open(fileobj=raw, mode="r:", tarinfo=StrictTarInfo) as tar:
             for info in tar:
                 if info.offset <= last or info.size < 0:
                     raise tarfile.ReadError("a header claims a negative size")
@@ -131,7 +132,7 @@ def _any_members(path: Path, end: int, skipped: Counter[str]) -> list[Member]:
                     continue
                 found[posixpath.normpath(member.name)] = member
                 members.append(member)
-            _check_rest(tar.fileobj.fileno(), tar.offset, path)  # type: ignore[union-attr]
+            _check_rest(raw.fileno(), tar.offset, path)
     except InputError:
         raise
     except Exception as error:  # foreign bytes in the hands of a library
@@ -159,17 +160,24 @@ def _resolved(
 
 
 def _check_rest(file: int, position: int, path: Path) -> None:
-    """Refuse a tar with more members behind its end mark: all readers stop there, and would lose them."""
-    header = _END
-    for start in range(position, position + _PADDING, _BLOCK):
-        header = os.pread(file, _BLOCK, start)
-        if header != _END:
-            break
-    if header[257:262] == b"ustar":
-        raise InputError(
-            f"{path} has more members behind its end mark, as files have that were put one after the other (cat a.tar "
-            "b.tar); give them one by one"
-        )
+    check_rest((os.pread(file, _BLOCK, start) for start in itertools.count(position, _BLOCK)), path)
+
+
+def check_rest(blocks: Iterable[bytes], where: object) -> None:
+    """Refuse more members behind an end mark: all readers stop there, and would lose them.
+
+    Args:
+        blocks: that follow, of 512 bytes; nothing where the file ends.
+        where: for the message.
+    """
+    for block in itertools.islice(blocks, _PADDING):
+        if block[257:262] == b"ustar":
+            raise InputError(
+                f"{where} has more members behind its end mark, as files have that were put one after the other (cat "
+                "a.tar b.tar); give them one by one"
+            )
+        if block != _END:
+            return
 
 
 def _target(info: tarfile.TarInfo) -> str:
