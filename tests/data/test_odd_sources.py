@@ -76,6 +76,27 @@ def test_splits_that_would_be_classes_are_refused(tmp_path, names, told):
     assert len(Folder(path=tmp_path, layout="classes")) == len(names)
 
 
+SPREAD = ["train/n1/images/a.png", "train/n2/images/b.png"]
+
+
+@pytest.mark.parametrize("names", [["val/images/c.png"], ["val/n1/c.png", "test/images/d.png"]])
+def test_a_folder_of_all_that_is_held_out_is_no_class(tmp_path, names):
+    """Tiny-ImageNet keeps validation in val/images, and its classes in a text file."""
+    with pytest.raises(UserError, match="in one folder, images, and no class for training"):
+        print(Folder(path=put(tmp_path, *SPREAD, *names)).classes)
+
+
+def test_classes_that_only_validation_has_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Folder(path=put(tmp_path, *SPREAD, "val/n2/c.png", "val/n3/d.png")).classes == ["n1", "n2", "n3"]
+    assert "classes of val that training lacks: n3" in caplog.text
+
+
+def test_splits_below_a_split_are_refused(tmp_path):
+    with pytest.raises(UserError, match="splits below train"):
+        len(Folder(path=put(tmp_path, "train/train/cat/a.png", "train/val/cat/b.png")))
+
+
 @pytest.mark.parametrize(
     "names",
     [["train_station/a.png", "boat/b.png"], ["cat/train/a.png", "dog/b.png"], ["contest/a.png", "trainer/b.png"]],
