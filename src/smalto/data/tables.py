@@ -2,10 +2,11 @@
 
 import codecs
 import csv
+import functools
 import io
-import itertools
 import json
 import logging
+import posixpath
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -61,12 +62,12 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
             f"{path} is no text: tables are .jsonl or .csv (source=parquet reads images inside of Parquet)"
         )
     lines = _read_jsonl(path, data) if jsonl else _read_csv(path, data)
-    unread = dict.fromkeys(key for _, cells in lines for key in cells if key not in COLUMNS)
+    unread = sorted(set().union(*(cells for _, cells in lines)) - set(COLUMNS))
     if unread:
         log.warning(
             "%s: columns that are not read: %s%s; those that are: %s",
             path,
-            ", ".join(map(one_line, itertools.islice(unread, 8))),
+            ", ".join(map(one_line, unread[:8])),
             ", ..." if len(unread) > 8 else "",
             ", ".join(COLUMNS),
         )
@@ -84,13 +85,13 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
 
 def _tell_of_repeats(path: Path, rows: list[Row]) -> None:
     """Warn of images that a table names again and otherwise: in two splits, one is trained on and held out."""
-    said: dict[PurePosixPath, Row] = {}
+    said: dict[str, Row] = {}
     labels, splits = [], []
     for row in rows:
-        first = said.setdefault(PurePosixPath(row.path), row)
+        first = said.setdefault(posixpath.normpath(row.path), row)
         if first.label != row.label:
             labels.append(row.path)
-        if split_word(first.split) != split_word(row.split):
+        if first.split != row.split and split_word(first.split) != split_word(row.split):
             splits.append(row.path)
     for what, found in (("labels", labels), ("splits", splits)):
         if found:
@@ -140,9 +141,10 @@ def _read_jsonl(path: Path, data: bytes) -> list[tuple[int, dict[str, Any]]]:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object with names as columns have them."""
-    names = [_column(name) for name, _ in pairs]
-    _check_unique(names, "an object")
-    return dict(zip(names, (value for _, value in pairs), strict=True))
+    cells = {_column(name): value for name, value in pairs}
+    if len(cells) < len(pairs):
+        _check_unique([_column(name) for name, _ in pairs], "an object")
+    return cells
 
 
 def _check_unique(names: list[str], where: str) -> None:
@@ -189,5 +191,6 @@ def _delimiter(text: str) -> str:
     return max(found, key=lambda d: (bool(set(found[d]) & set(PATH)), len(found[d])))
 
 
+@functools.lru_cache(1000)
 def _column(name: str) -> str:
     return one_line(name.strip().strip('"').lower())
