@@ -147,7 +147,7 @@ def _label(file: int, cls: Member, path: Path) -> int:
         return int(text)
     place = f"{one_line(cls.name)} in {path}"
     try:
-        label = read_labels([text.decode(errors="replace")], lambda _: place)[0]
+        label = read_labels([text.decode("utf-8-sig", errors="replace")], lambda _: place)[0]
         if isinstance(label, str):
             raise InputError(f"{place} is the word {label!r}, which has no number here")
         return -1 if label is None else class_number(label, {}, place) or 0

@@ -22,8 +22,9 @@ from smalto.data.annotations import (
     class_numbers,
     class_order,
     given_names,
+    split_word,
 )
-from smalto.data.folder_scan import Found, find_pictures, folders_are_splits
+from smalto.data.folder_scan import Found, compare_classes, find_pictures, folders_are_splits
 from smalto.data.pictures import read_picture_file
 from smalto.data.tables import Row, read_rows
 from smalto.errors import InputError, MissingFile
@@ -231,6 +232,12 @@ class Folder(Source):
         for parts in self._found.files:
             folders = parts[1:-1] if splits else parts[:-1]
             rows.append(Row("/".join(parts), folders[0] if folders else None, None, parts[0] if splits else None, 0))
+        if splits:
+            classes: dict[str, set[str]] = {}
+            for row in rows:
+                if isinstance(row.label, str):
+                    classes.setdefault(split_word(row.split) or "", set()).add(row.label)
+            compare_classes(self._path, classes)
         empty = self._found.empty(2 if splits else 1)
         if empty:
             log.warning("%s: folders without images: %s", self._path, ", ".join(empty))
