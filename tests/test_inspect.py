@@ -178,3 +178,8 @@ def test_codes_that_do_not_fit_the_tokenizer_they_name_are_not_decoded(changes, 
     meta |= {"tokenizer": {"path": str(tmp_path / "t.ckpt"), "fingerprint": "f"}} | changes
     assert inspect_path.decoded_codes(OmegaConf.create({"tokenizer_ckpt": None}), tmp_path, meta) is None
     assert said in caplog.text
+
+
+def test_an_empty_path_is_said():
+    with pytest.raises(ValueError, match="path is empty; give a folder"):
+        inspect_path.run(compose("inspect", ["path=''"]))

@@ -108,7 +108,7 @@ def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
         "averaged weights": "yes" if averaged else "no",
         "optimizer": "yes, training can go on" if checkpoint.get("optimizer_states") else "no",
         "classes": len(about.get("classes") or []),
-        "network": json.dumps(_plain_options(section(about["config"], "task", "net"))),
+        "network": json.dumps(_plain_options(section(about["config"], "task", "net")), default=str),
         "parameters and buffers": {name: f"{count:,}" for name, count in sizes.items()},
     }
     data = section(about["config"], "data")
@@ -223,7 +223,8 @@ def show(facts: Facts, *, title: str) -> None:
 
 
 def _plain_options(node: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if not key.startswith("_") and not isinstance(value, dict)}
+    named = ((str(key), value) for key, value in node.items())
+    return {key: value for key, value in named if not key.startswith("_") and not isinstance(value, dict)}
 
 
 main = hydra_main("inspect")(run)

@@ -118,7 +118,7 @@ def prepare_images(
             return _summary(folder, "reused")
         rng = np.random.default_rng(seed) if shuffle else None
         splits = plan_splits(source, split, val_fraction, limit, rng)
-        source.check()
+        source.check(np.concatenate(list(splits.values())) if splits else [])
         folder.begin(listing(source, splits))
         writer = ImageWriter(folder=folder, source=source, recipe=recipe, workers=workers, max_rejected=max_rejected)
         writer.write(splits, shard_size)

@@ -1,5 +1,6 @@
 """``.npz`` files in the layout of ADM's evaluator: images in place, statistics if there are any."""
 
+import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from smalto.arrays import npz_array
+from smalto.data.annotations import MAX_LABEL
 from smalto.data.foreign import reading
 from smalto.errors import InputError, MissingFile
+
+log = logging.getLogger(__name__)
 
 IMAGES_KEY = "arr_0"
 LABEL_KEYS = ("labels", "arr_1")
@@ -56,8 +60,22 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
     for key in LABEL_KEYS:
         labels = _read(path, key) if key in names else None
-        if labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu":
+        if labels is None:
+            continue
+        if (
+            labels.shape == (len(images),)
+            and labels.dtype.kind in "iu"
+            and 0 <= labels.min() <= labels.max() <= MAX_LABEL
+        ):
             return images, np.array(labels)
+        log.warning(
+            "%s: %s (%s, shape %s) holds no labels, that is a whole number from 0 for each of %d images: not used",
+            path,
+            key,
+            labels.dtype,
+            labels.shape,
+            len(images),
+        )
     return images, None
 
 

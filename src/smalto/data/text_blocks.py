@@ -31,10 +31,10 @@ def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray
             raise MissingFile(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
         with reading(f"{path} is not a whole .npy file"):
             features = npy_array(path)
-        if features.dtype.kind != "f":
-            raise InputError(f"{path} holds {features.dtype}; features of text are floats")
+        if features.dtype.kind not in "fiu":
+            raise InputError(f"{path} holds {features.dtype}; text features are real numbers")
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
-        if features.ndim != 2 or not len(features) or (rows and features.shape[1] != rows[0].shape[1]):
+        if features.ndim != 2 or not features.size or (rows and features.shape[1] != rows[0].shape[1]):
             width = rows[0].shape[1] if rows else "width"
             raise InputError(f"{path} has shape {features.shape}, must be (tokens, {width}) with at least one token")
         with np.errstate(over="ignore"):

@@ -1,17 +1,21 @@
 """Files of ``torch.save``, read without running anything that they bring along and written at once."""
 
 import argparse
+import io
+import os
 import pickle
 import re
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, cast
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from smalto.errors import InputError, MissingFile
 from smalto.files import replacing
@@ -44,6 +48,11 @@ KNOWN_TO_PICKLES = re.compile(
 PICKLES_OF_OLD_FILES = 5
 """Magic number, protocol, system, content, keys of the storages."""
 
+THREADS = 8
+"""At most, for checksums; main memory is read no faster by more."""
+LOCAL_HEADER = struct.Struct("<26xHH")
+"""Of a part of a zip archive: lengths of its name and of what follows that, at the end of the fixed bytes."""
+
 NOT_TORCH = (
     (b"PK", "a truncated zip archive"),
     (b"<", "a web page or other markup: the download needs another link or a login"),
@@ -72,7 +81,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise InputError(f"{path} is no plain file, a checkpoint is needed")
     with path.open("rb") as file:
         head = file.read(512)
-    zipped = is_zipfile(path)
+    zipped = is_archive(path)
     if not zipped and not re.match(rb"\x80[\x02-\x05]", head):  # the old format is a row of pickles
         start = head.lstrip().lower()
         kind = next((what for mark, what in NOT_TORCH if start.startswith(mark.lower())), None)
@@ -90,7 +99,15 @@ def read_torch_file(path: str | Path) -> Any:
     return content
 
 
-def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) -> None:
+def is_archive(path: Path) -> bool:
+    """As :func:`zipfile.is_zipfile`, for archives that say they are parts of one too."""
+    try:
+        return is_zipfile(path)
+    except (BadZipFile, struct.error, ValueError, OSError):
+        return False
+
+
+def check_archive(source: Path | io.BytesIO, size: int, *, verify: bool = False) -> None:
     """Refuse what is packed, as a small file could then hold any amount, and pickles that name what they may not.
 
     Args:
@@ -112,9 +129,28 @@ def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) 
                 with archive.open(entry) as file:
                     check_pickle(file, KNOWN_TO_PICKLES)
                     file.read()  # at the end the checksum is compared
-        damaged = archive.testzip() if verify else None
-        if damaged:
-            raise BadZipFile(f"the checksum of {damaged} differs")
+    damaged = _damaged_part(source, entries) if verify else None
+    if damaged:
+        raise BadZipFile(f"the checksum of {damaged} differs")
+
+
+def _damaged_part(source: Path | io.BytesIO, entries: list[ZipInfo]) -> str | None:
+    """As :meth:`zipfile.ZipFile.testzip` of parts that are not packed, several times faster."""
+    if isinstance(source, Path):
+        with source.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return _damaged_entry(content, entries)
+    return _damaged_entry(source.getbuffer(), entries)
+
+
+def _damaged_entry(content: mmap | memoryview, entries: list[ZipInfo]) -> str | None:
+    def differs(entry: ZipInfo) -> bool:
+        name, extra = LOCAL_HEADER.unpack_from(content, entry.header_offset)
+        begin = entry.header_offset + LOCAL_HEADER.size + name + extra
+        with memoryview(content) as whole, whole[begin : begin + entry.file_size] as part:
+            return crc32(part) != entry.CRC
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return next((e.filename for e, wrong in zip(entries, pool.map(differs, entries), strict=True) if wrong), None)
 
 
 def _check_pickles(path: Path) -> None:
@@ -134,8 +170,13 @@ def _reason(error: Exception) -> str:
             f"it holds {found[1]}, which is code and not a tensor; loading runs no code, so ask whoever made it for "
             "a file with tensors only (torch.save of a state_dict)"
         )
-    line = re.sub(r"[^ -~]+", " ", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
-    return f"{line[:200]} (damaged, or not a file of torch.save; copy it again)"
+    return f"{one_line(error)} (damaged, or not a file of torch.save; copy it again)"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, without what a terminal would obey."""
+    text = str(error).strip()
+    return re.sub(r"[^ -~]+", " ", text.splitlines()[0] if text else type(error).__name__)[:200]
 
 
 def write_torch_file(path: Path, content: Any) -> None:
