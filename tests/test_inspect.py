@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from smalto import inspect_path, train
@@ -158,6 +160,24 @@ def test_the_path_may_stand_alone(images, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "image shards" in done.stdout
     assert (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_size": 2**16}, "too large"),
+        ({"code_shape": [[2, 8]]}, "in grids"),
+        ({"codebook_size": CODEBOOK + 1}, "in grids"),
+    ],
+)
+def test_codes_that_do_not_fit_the_tokenizer_they_name_are_not_decoded(changes, said, tmp_path, monkeypatch, caplog):
+    (tmp_path / "t.ckpt").touch()
+    known = SimpleNamespace(code_shape=((4, 4),), codebook_size=CODEBOOK, fingerprint="f")
+    monkeypatch.setattr(inspect_path, "load_tokenizer", lambda file, image_size: known)
+    meta = {"image_size": 32, "code_shape": [[4, 4]], "codebook_size": CODEBOOK}
+    meta |= {"tokenizer": {"path": str(tmp_path / "t.ckpt"), "fingerprint": "f"}} | changes
+    assert inspect_path.decoded_codes(OmegaConf.create({"tokenizer_ckpt": None}), tmp_path, meta) is None
+    assert said in caplog.text
 
 
 def test_an_empty_path_is_said():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from smalto import resume
+from smalto import resume, trust
 from smalto.errors import PathInUse
 from smalto.trust import check_own
 
@@ -34,6 +34,19 @@ def test_what_belongs_to_somebody_else_is_not_even_for_root(tmp_path, name):
     os.chown(path, 12345, -1)
     with pytest.raises(PathInUse, match=r"belongs to another user \(number 12345\)"):
         check_own(tmp_path, "config.yaml", "sweep.json")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file away")
+def test_files_of_a_file_system_that_gives_everything_to_one_user_are_own(tmp_path, monkeypatch):
+    """NFS with root_squash: what root made there belongs to nobody, and could never be continued."""
+    for path in (tmp_path / "config.yaml", tmp_path):
+        path.touch()
+        os.chown(path, 65534, -1)
+    with pytest.raises(PathInUse):
+        check_own(tmp_path, "config.yaml")
+    assert os.listdir(tmp_path) == ["config.yaml"]
+    monkeypatch.setattr(trust, "_owner_of_new_files", lambda folder: 65534)
+    check_own(tmp_path, "config.yaml")
 
 
 def test_a_planted_link_counts_as_what_it_leads_to(tmp_path):

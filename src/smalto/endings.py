@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from smalto.errors import REASONS, UserError
+from smalto.errors import REASONS, UserError, printable
 from smalto.signals import Terminated
 
 REFUSED, BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 70, 130, 141, 143
@@ -95,7 +95,7 @@ def report(verb: str, error: BaseException) -> int:
         return PIPE_CLOSED
     end = ending(error)
     trace = "".join(traceback.format_exception(error))
-    message = end.message
+    message = printable(end.message)
     if end.is_bug:
         where = _keep(verb, trace)
         if where is None and FULL not in os.environ:

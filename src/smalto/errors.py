@@ -4,6 +4,7 @@ Each class is also the built-in that fits, for those who call smalto as a librar
 """
 
 import errno
+import re
 
 
 class UserError(Exception):
@@ -24,6 +25,17 @@ class PathInUse(UserError, FileExistsError):
 
 class StorageError(UserError, OSError):
     """A disk or file system that refuses."""
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may have it: names from files can hold what moves its cursor, or answers for its user.
+
+    Lines, tabs and letters of every script stay.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 REASONS = {

@@ -83,7 +83,7 @@ def finished(job: Job, saved: SavedPictures | None) -> dict[str, Any] | None:
     try:
         known = json.loads(job.out.read_text())
         asked, _ = known["requested"], known["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PathInUse(
             f"{job.out} is not a table of smalto evaluate; give another out=, or overwrite=true to replace it"
         ) from error

@@ -12,25 +12,30 @@ import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from smalto.analysis.shard_facts import Facts, code_facts, code_statistics, image_facts, label_statistics
 from smalto.callbacks.checkpoint import newest_checkpoint, step_checkpoints
 from smalto.data.codes import CodeReader
 from smalto.data.health import shard_meta, shard_problems
+from smalto.data.meta import meta_problems, read_json
 from smalto.data.reader import ImageReader
 from smalto.data.shards import CODES
 from smalto.data.transforms import center_crop, to_uint8
-from smalto.errors import InputError, MissingFile
+from smalto.errors import InputError, MissingFile, printable
 from smalto.runtime import hydra_main
 from smalto.sampling.sheet import image_sheet
 from smalto.tasks.checkpoint import load_tokenizer, read_checkpoint
-from smalto.tasks.contents import EMA_KEY, about_run, section
+from smalto.tasks.contents import EMA_KEY, about_run, check_plain, section
 from smalto.tasks.integrity import all_tensors, verified
 from smalto.tasks.sharded_folder import folder_bytes, is_folder, read_folder
 
 log = logging.getLogger(__name__)
+
+MOST_PIXELS = 2048
+"""Side of images that are decoded from codes."""
+MOST_SETTINGS = 2**20
+"""Bytes of a config.yaml, or of another short file of a run; they have some thousand."""
 
 
 def run(config: DictConfig) -> Facts:
@@ -49,7 +54,9 @@ def run(config: DictConfig) -> Facts:
     picture: Tensor | None = None
     if meta is not None:
         problems = shard_problems(path, meta, verify=config.verify)
-        facts = code_facts(path, meta) if meta["format"] == CODES else image_facts(path, meta)
+        facts: Facts = {"what": "shards"}
+        if not meta_problems(meta):
+            facts = code_facts(path, meta) if meta["format"] == CODES else image_facts(path, meta)
         if not problems:
             facts |= code_statistics(path, meta) if meta["format"] == CODES else label_statistics(path, meta)
             picture = (
@@ -119,26 +126,49 @@ def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
 
 def run_facts(path: Path) -> tuple[Facts, list[str]]:
     """Of a run folder; problems: checkpoints cut short."""
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    origin = path / "provenance.json"
-    metrics = path / "metrics.json"
+    try:
+        config, origin, metrics = (_plain(path / name) for name in ("config.yaml", "provenance.json", "metrics.json"))
+    except (ValueError, RecursionError, OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is no run of smalto, or damaged: {' '.join(str(error).split())[:300]}") from error
     checkpoints = step_checkpoints(path / "checkpoints")
     newest = newest_checkpoint(path / "checkpoints")
+    data = section(config, "data")
     facts: Facts = {
         "what": f"run of {config.get('name')}, task {config.get('kind')}",
-        "state": "finished" if metrics.exists() else "unfinished; the same command, or make resume, goes on",
+        "state": "finished" if metrics else "unfinished; the same command, or make resume, goes on",
         "checkpoints": ", ".join(p.name for p in checkpoints) or "none",
         "newest": str(newest),
-        "data": str(config["data"].get("path", config["data"].get("_target_"))),
-        "batch size": config["data"].get("batch_size"),
+        "data": str(data.get("path", data.get("_target_"))),
+        "batch size": data.get("batch_size"),
     }
-    if origin.exists():
-        written = json.loads(origin.read_text())
-        facts |= {"commit": written.get("commit"), "command": written.get("command")}
-    if metrics.exists():
-        facts["metrics"] = {key: f"{value:.4g}" for key, value in json.loads(metrics.read_text()).items()}
+    if origin:
+        facts |= {"commit": origin.get("commit"), "command": origin.get("command")}
+    if metrics:
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        facts["metrics"] = {key: f"{float(value):.4g}" for key, value in numbers.items()}
     damaged = [p.name for p in checkpoints if newest is None or p.name > newest.name]
     return facts, [f"{name} is cut short" for name in damaged]
+
+
+def _plain(file: Path) -> dict[str, Any]:
+    """What a YAML or JSON file says; empty where there is none."""
+    if not file.exists():
+        return {}
+    if file.stat().st_size > MOST_SETTINGS:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, which no settings take")
+    content = yaml.load(file.read_text(), _Plain) if file.suffix == ".yaml" else read_json(file)
+    check_plain(content, 0)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no settings")
+    return content
+
+
+class _Plain(yaml.SafeLoader):
+    """Without the key << by which a few lines become any number of entries."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "it merges entries", node.start_mark)
 
 
 def stored_images(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tensor | None:
@@ -162,7 +192,15 @@ def decoded_codes(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tenso
     if not file.is_file():
         log.info("no picture: the tokenizer %s is not there; give tokenizer_ckpt=PATH", file)
         return None
-    loaded = load_tokenizer(file, image_size=meta["image_size"])
+    size = meta.get("image_size")
+    if size is not None and not (isinstance(size, int) and size <= MOST_PIXELS):
+        log.warning("no picture: images of %s px are too large to decode a dozen of them", size)
+        return None
+    loaded = load_tokenizer(file, image_size=size)
+    shape = [list(scale) for scale in loaded.code_shape]
+    if (shape, loaded.codebook_size) != (meta["code_shape"], meta["codebook_size"]):
+        log.warning("no picture: %s has %d codes in grids %s", file, loaded.codebook_size, shape)
+        return None
     if loaded.fingerprint != written.get("fingerprint"):
         log.warning("no picture: %s has other weights than those that wrote the codes; give tokenizer_ckpt=PATH", file)
         return None
@@ -174,14 +212,14 @@ def decoded_codes(config: DictConfig, path: Path, meta: dict[str, Any]) -> Tenso
 
 def show(facts: Facts, *, title: str) -> None:
     """The table, to stdout."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=printable(title), title_justify="left", show_header=False)
     for name, value in facts.items():
         if isinstance(value, dict):
             for number, (key, entry) in enumerate(value.items()):
-                table.add_row(name if number == 0 else "", Text(f"{key}: {entry}"))
+                table.add_row(name if number == 0 else "", printable(f"{key}: {entry}"))
         else:
-            table.add_row(name, Text(str(value)))  # not read for marks of style
-    Console(soft_wrap=True).print(table, highlight=False)
+            table.add_row(name, printable(str(value)))
+    Console(soft_wrap=True, markup=False).print(table, highlight=False)
 
 
 def _plain_options(node: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ MARK = "***"
 """Stands where a credential stood."""
 
 URL = re.compile(
-    r"""(?P<scheme>\b[a-z][a-z0-9+.-]*://)
+    r"""(?P<scheme>\b[a-z][a-z0-9+.-]{0,40}://)
     (?P<user>[^\s/?#'"]*@                            # user:password@
       |[^\s/?#@:'"]+:(?!\d+(?:[/?#\s'"]|$))[^\s@'"]*@)?  # the same with a / in the password, which databases take
     (?P<place>[^\s?'"]*)
-    (?P<query>\?(?:(?!(?:,|::)[a-z][a-z0-9+.-]*://)[^\s'"])*)?""",
+    (?P<query>\?(?:(?!(?:,|::)[a-z][a-z0-9+.-]{0,40}://)[^\s'"])*)?""",
     re.IGNORECASE | re.VERBOSE,
 )
 SECRET = r"(?:password|passwd|secret|token|auth[_-]?token|access[_-]?token|api[_-]?key|access[_-]?key|secret[_-]?key)"

@@ -27,7 +27,7 @@ from smalto import __version__
 from smalto.arguments import expanded, fit
 from smalto.data.ranks import leads
 from smalto.endings import FULL, told
-from smalto.errors import InputError
+from smalto.errors import InputError, printable
 from smalto.kinds import check_kinds
 from smalto.signals import begin_work
 from smalto.sweeps.jobs import run_job
@@ -208,6 +208,13 @@ def remove_if_empty(folder: Path) -> None:
             folder.parent.rmdir()
 
 
+class _Formatter(logging.Formatter):
+    """Messages hold names from files; none of them commands the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def setup_logging(file: Path | None = None) -> None:
     """Messages to stderr, and to ``file`` once a run has a folder; the rank in front when there are several."""
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
@@ -216,13 +223,9 @@ def setup_logging(file: Path | None = None) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s {prefix}%(message)s",
-        datefmt="%H:%M:%S",
-        handlers=handlers,
-        force=True,
-    )
+    for handler in handlers:
+        handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     # Lightning's own use of torch, nothing a user could change.
     warnings.filterwarnings("ignore", message=".*treespec.*|.*does not have many workers.*")
     for noisy in (

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from smalto.errors import PathInUse
@@ -19,7 +20,7 @@ def check_own(folder: Path, *names: str) -> None:
         except FileNotFoundError:
             continue
         found = None
-        if known.st_uid not in (os.getuid(), 0):
+        if known.st_uid not in (os.getuid(), 0) and known.st_uid != _owner_of_new_files(folder):
             found = f"belongs to another user (number {known.st_uid})"
         elif known.st_mode & stat.S_IWOTH:
             found = "can be written by everybody"
@@ -28,3 +29,14 @@ def check_own(folder: Path, *names: str) -> None:
                 f"{path} {found}: a run folder is code, what it says is run as you; if you trust its content, make it "
                 "yours (chown, chmod o-w) or copy it"
             )
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """Whose a file is that this process makes there: some file systems say another number (NFS that takes root for
+    nobody, user namespaces, mounts with one owner), and what has it is as much this user's as anything there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from smalto.analysis import recorder as recorders
 from smalto.analysis.entries import ended, measured, parameters, texts
-from smalto.analysis.journal import Journal, header
+from smalto.analysis.journal import Journal, header, write_lines
 from smalto.analysis.recorder import Recorder, record_job, write_pending
 from stores import Flaky, database
 
@@ -290,6 +290,42 @@ def test_jobs_that_end_at_once_are_recorded_once_each(flaky, tmp_path):
         thread.join()
     write_pending("sqlite:///there", outputs)
     assert sorted(run.info.run_name for run in runs(flaky, "prepare")) == ["0", "1", "2", "3"]
+
+
+def test_a_job_whose_files_lie_elsewhere_has_them_recorded(flaky, tmp_path):
+    outputs = tmp_path / "outputs"
+    elsewhere = tmp_path / "data" / "meta.json"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("{}")
+    flaky.down = True
+    record_job("sqlite:///there", outputs, **job(outputs, artifacts=[elsewhere]))
+    flaky.down = False
+    recorders._failed.clear()
+    write_pending("sqlite:///there", outputs)
+    (run,) = runs(flaky, "prepare")
+    assert [file.path for file in flaky.list_artifacts(run.info.run_id)] == ["meta.json"]
+    assert not (outputs / "mlflow_pending").exists()
+
+
+def test_a_planted_journal_hands_out_nothing_and_leads_nowhere(flaky, tmp_path, caplog):
+    outputs, secret = tmp_path / "outputs", tmp_path / "id_rsa"
+    pending = outputs / "mlflow_pending"
+    pending.mkdir(parents=True)
+    secret.write_text("secret")
+    (outputs / "link").symlink_to(secret)
+    Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
+    top = header("planted", "p", artifact_location=None, tags={})
+    entries = [{"artifact": path} for path in (str(secret), "../id_rsa", "link", str(tmp_path), ".")]
+    entries += [{"image": str(tmp_path / "mine.png"), "key": "k", "step": 0}]
+    write_lines(pending / "1.jsonl", [top, *entries, ended("FINISHED")])
+    write_lines(pending / "2.jsonl", [top | {"experiment": "../../../away", "key": "2"}, measured({"a": 1.0})])
+    write_pending("sqlite:///there", outputs)
+    (run,) = runs(flaky, "planted")
+    assert run.info.status == "FINISHED"
+    assert not flaky.list_artifacts(run.info.run_id)
+    assert caplog.text.count("is no file in") == 6
+    assert not (tmp_path / "away").exists()
+    assert not (tmp_path.parent / "away").exists()
 
 
 def test_a_pending_job_finds_its_files_where_outputs_was_moved_to(flaky, tmp_path):

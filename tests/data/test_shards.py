@@ -25,6 +25,7 @@ def written(path, members):
 def data_set(folder, *, kind=IMAGES, version=1):
     record = written(folder / "train-00000.tar", {"00000000.cls": b"3"})
     meta = {"format": kind, "version": version, "splits": {"train": {"num_images": 1, "shards": [record]}}}
+    meta |= {"num_classes": 10, "classes": [], "image_size": [8, 8], "encoding": "png"}
     write_json(folder / "meta.json", meta)
     return meta
 
@@ -155,6 +156,7 @@ def test_a_meta_json_that_contradicts_itself_is_refused(tmp_path):
         shard.add("000000.cls", b"1")
         record |= shard.close()
     good = {"format": IMAGES, "version": 1, "splits": {"train": {"num_images": 1, "shards": [record]}}}
+    good |= {"num_classes": None, "classes": [], "image_size": None, "encoding": "png"}
     write_json(tmp_path / "meta.json", good)
     assert read_meta(tmp_path, IMAGES) == good
     assert shard_problems(tmp_path, good, verify=True) == []

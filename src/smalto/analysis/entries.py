@@ -52,7 +52,11 @@ def last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def send(client: MlflowClient, run_id: str, entry: Entry, base: Path) -> None:
-    """Write one entry to a run; files are looked for in ``base`` if they do not say where they are."""
+    """Write one entry to a run; files are those of ``base``.
+
+    Raises:
+        ValueError: a file elsewhere: a journal that somebody else has written does not hand out what is not the run's.
+    """
     match entry:
         case {"metrics": rows}:
             if rows:
@@ -64,9 +68,9 @@ def send(client: MlflowClient, run_id: str, entry: Entry, base: Path) -> None:
         case {"tags": values}:
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
         case {"artifact": path}:
-            client.log_artifact(run_id, str(base / path))
+            client.log_artifact(run_id, str(_inside(base, path)))
         case {"image": path, "key": key, "step": step}:
-            client.log_image(run_id, _picture(path), key=key, step=step)
+            client.log_image(run_id, _picture(_inside(base, path)), key=key, step=step)
         case {"text": text, "file": file}:
             client.log_text(run_id, text, file)
         case {"status": "RUNNING"}:
@@ -75,7 +79,14 @@ def send(client: MlflowClient, run_id: str, entry: Entry, base: Path) -> None:
             client.set_terminated(run_id, status, end_time=when)
 
 
-def _picture(path: str) -> Image.Image:
+def _inside(base: Path, path: str) -> Path:
+    file = (base / path).resolve()
+    if not file.is_relative_to(base.resolve()) or not file.is_file():
+        raise ValueError(f"{file} is no file in {base}")
+    return file
+
+
+def _picture(path: Path) -> Image.Image:
     try:
         return decode_image(read_picture_file(Path(path)))
     except (OSError, ValueError) as error:

@@ -57,7 +57,7 @@ class Journal:
             nothing; there is no file when nothing waits. What an earlier process left in it is delivered first.
         header: of the run; None takes the one in the file.
         run_id: of the run, if it was made before.
-        base: of the paths of artifacts that are relative.
+        base: folder of the files that are recorded; None: that of ``file``.
         on_begin: told the id of every run that is made.
     """
 
@@ -67,12 +67,12 @@ class Journal:
         header: dict[str, Any] | None = None,
         *,
         run_id: str | None = None,
-        base: Path = Path(),
+        base: Path | None = None,
         on_begin: Callable[[str], None] = lambda run_id: None,
     ) -> None:
         self.file = file
         self.run_id = run_id
-        self.base = base
+        self.base = file.parent if base is None else base
         self._on_begin = on_begin
         lines = [*_lines(file)]
         first = lines.pop(0) if lines and "key" in lines[0] and "experiment" in lines[0] else {}
@@ -251,6 +251,8 @@ def _is_active(client: MlflowClient, run_id: str) -> bool:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The entries in a file; a line that is half written, by a process that was killed, is left out."""
+    if not file.is_file():  # nothing, or a pipe, which would wait
+        return
     try:
         text = file.read_text(errors="replace")
     except FileNotFoundError:

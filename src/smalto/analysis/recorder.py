@@ -1,6 +1,7 @@
 """Recording in MLflow that neither ends nor delays what it records."""
 
 import logging
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -170,24 +171,29 @@ def record_job(
 ) -> None:
     """Record a job that is over (prepare, extract, sample, evaluate) as a finished run, now or later."""
     top = header(experiment, run_name, artifact_location=None, tags=tags)
-    entries = [
-        parameters(params, 6000),
-        measured(metrics),
-        *({"artifact": _portable(path, outputs)} for path in artifacts),
-        ended("FINISHED"),
-    ]
+    name = f"{top['start']}-{top['key']}"
     try:
-        write_lines(outputs / PENDING / f"{top['start']}-{top['key']}.jsonl", [top, *entries])
+        entries = [
+            parameters(params, 6000),
+            measured(metrics),
+            *({"artifact": _portable(path, outputs, name)} for path in artifacts),
+            ended("FINISHED"),
+        ]
+        write_lines(outputs / PENDING / f"{name}.jsonl", [top, *entries])
     except OSError as error:
         log.warning("not recorded in MLflow: %s", error)
         return
     write_pending(uri, outputs)
 
 
-def _portable(path: Path, outputs: Path) -> str:
-    """A path that stays right when ``outputs`` is moved before the job is recorded."""
-    path = path.absolute()
-    return str(path.relative_to(outputs) if path.is_relative_to(outputs) else path)
+def _portable(path: Path, outputs: Path, name: str) -> str:
+    """A path in ``outputs``, right also when that is moved before the job is recorded; a file elsewhere is copied."""
+    path, outputs = path.resolve(), outputs.resolve()
+    if not path.is_relative_to(outputs):
+        copy = outputs / PENDING / name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(shutil.copyfile(path, copy))
+    return str(path.relative_to(outputs))
 
 
 def place_of(uri: str, wanted: str) -> str | None:
@@ -227,9 +233,12 @@ def _write_pending(uri: str, outputs: Path, errors: list[Exception]) -> None:
                         if file.exists():
                             journal = Journal(file, base=outputs)
                             wanted = f"{outputs}/mlruns/{journal.header['experiment']}"
+                            if ".." in Path(wanted).parts:
+                                raise StorageError(f"{file} leads out of {outputs}; it is damaged, remove it")
                             journal.header["artifact_location"] = place_of(uri, wanted)
                             journal.deliver(client)
                             file.unlink()
+                            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
                     except Exception as error:  # of this one job, unless the store is gone
                         errors.append(error)
                         connect(uri, outputs=outputs)

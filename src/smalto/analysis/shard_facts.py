@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from smalto.data.annotations import check_range
 from smalto.data.codes import CodeReader
 from smalto.data.reader import ImageReader
 from smalto.metrics.codebook import unigram_entropy
 
 Facts = dict[str, Any]
 """Lines of a table: name to value; a dict inside is a table of its own."""
+
+MOST_COUNTED = 2**22
+"""Codes whose frequencies are counted one by one."""
 
 
 def image_facts(path: Path, meta: dict[str, Any]) -> Facts:
@@ -40,10 +44,10 @@ def code_facts(path: Path, meta: dict[str, Any]) -> Facts:
         "classes": _classes(meta),
         "grid": " + ".join(f"{h}x{w}" for h, w in meta["code_shape"]),
         "codebook": f"{meta['codebook_size']} codes, stored as {meta['dtype']}",
-        "crops": f"{len(meta['crops'])} of each image, ranges {meta['crop_range']}",
+        "crops": f"{len(meta['crops'])} of each image, ranges {meta.get('crop_range')}",
         "text": f"features of width {text['dim']}" if text else "no",
         "tokenizer": f"{meta['tokenizer']['path']}, weights {meta['tokenizer']['fingerprint']}",
-        "images": meta["images"]["path"],
+        "images": (meta.get("images") or {}).get("path", "unknown"),
     }
 
 
@@ -66,6 +70,8 @@ def label_statistics(path: Path, meta: dict[str, Any]) -> Facts:
 
 def code_statistics(path: Path, meta: dict[str, Any]) -> Facts:
     """How the codes of the first crop are used, and how many images the classes have."""
+    if meta["codebook_size"] > MOST_COUNTED:
+        return {"codebook usage": f"not counted: more than {MOST_COUNTED:,} codes"}
     counts, labels = np.zeros(meta["codebook_size"], np.int64), []
     for split in meta["splits"]:
         reader = CodeReader(path, meta, split)
@@ -92,6 +98,7 @@ def code_statistics(path: Path, meta: dict[str, Any]) -> Facts:
 
 
 def _class_sizes(labels: np.ndarray, meta: dict[str, Any]) -> Facts:
+    check_range(labels[labels >= 0], meta["num_classes"], "the set")
     sizes = np.bincount(labels[labels >= 0], minlength=meta["num_classes"])
     return {"images per class": f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}"}
 

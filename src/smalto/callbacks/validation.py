@@ -40,7 +40,7 @@ class Validation(L.Callback):
         try:
             note = json.loads(self.note.read_bytes())
             return int(note["step"]), dict(note["metrics"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return -1, {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -36,6 +36,7 @@ class CodeReader:
         self._num_crops = len(meta["crops"])
         self._num_tokens = sum(height * width for height, width in meta["code_shape"])
         self._dtype = np.dtype(meta["dtype"])
+        self._codebook_size: int = meta["codebook_size"]
         shards = meta["splits"].get(split, {"shards": []})["shards"]
         self._files = ShardFiles([Path(path) / shard["name"] for shard in shards])
         counts: list[int] = []  # images of each block
@@ -46,7 +47,7 @@ class CodeReader:
             before, found = sum(counts), None
             for member in tar_members(file):
                 if member.name.endswith(".label.npy"):
-                    labels.append(np.array(map_member(file, member), np.int32))
+                    labels.append(_labels(map_member(file, member), member, file))
                 elif member.name.endswith(".codes.npy"):
                     block = map_member(file, member)
                     self._check(block, member, file)
@@ -108,7 +109,13 @@ class CodeReader:
             raise InputError(f"a shard of {self._files.paths[0].parent} was cut short while it was in use; restore it")
         if self._sums is not None:
             self._verify(rows, indices, crops, distinct=distinct)
-        return np.frombuffer(rows, self._dtype).reshape(len(indices), self._num_tokens).astype(np.int64)
+        codes = np.frombuffer(rows, self._dtype)
+        if len(codes) and codes.max() >= self._codebook_size:
+            raise InputError(
+                f"{self._files.paths[0].parent} holds the code {codes.max()}, its codebook has {self._codebook_size}; "
+                "extract it again with overwrite=true"
+            )
+        return codes.reshape(len(indices), self._num_tokens).astype(np.int64)
 
     def _verify(self, rows: bytes, indices: np.ndarray, crops: np.ndarray, *, distinct: bool) -> None:
         assert self._sums is not None
@@ -124,3 +131,14 @@ class CodeReader:
                 f"{crops[place]}, or its label, are not what was written; restore the file, or extract again with "
                 "overwrite=true (data.verify=false takes them as they are)"
             )
+
+
+def _labels(stored: np.memmap, member: Member, file: Path) -> np.ndarray:
+    """Of one block, int32 (n,)."""
+    sound = stored.ndim == 1 and stored.dtype.kind in "iu"
+    if not sound or (len(stored) and not -1 <= int(stored.min()) <= int(stored.max()) < 2**31):
+        raise InputError(
+            f"{member.name} in {file} holds no labels ({stored.dtype} {stored.shape}); extract it again with "
+            "overwrite=true"
+        )
+    return np.array(stored, np.int32)

@@ -1,14 +1,14 @@
 """Whether a data set on disk is what its meta.json says."""
 
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from smalto.data.content import file_hash
+from smalto.data.meta import meta_problems, read_json
 from smalto.data.progress import progress
-from smalto.data.shards import CODES, IMAGES, META, meta_problems
+from smalto.data.shards import CODES, IMAGES, META
 from smalto.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ VERIFIED_BYTES = 32e9
 def shard_meta(path: Path) -> dict[str, Any] | None:
     """The meta.json in ``path`` if it is one of ours, unchecked; None otherwise."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
         return meta if meta["format"] in FORMATS else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

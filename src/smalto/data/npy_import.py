@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from smalto import __version__
+from smalto.arrays import npy_array
 from smalto.data.annotations import MAX_LABEL
 from smalto.data.codes import add_code_block, add_row_sums, code_dtype
 from smalto.data.crops import CROPS, KINDS, codes_summary, crop_names
@@ -215,7 +216,7 @@ def _load(path: Path, shape: tuple[int, ...] | None) -> np.ndarray:
     if not path.is_file():
         raise MissingFile(f"{path} is missing; every image needs its codes in each range, and a label")
     with reading(f"{path} is not a whole .npy file"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may claim any size
+        array = npy_array(path)
     if array.dtype.kind not in "iu":
         raise InputError(f"{path} holds {array.dtype}; codes and labels are whole numbers")
     if shape is not None and array.shape != shape:

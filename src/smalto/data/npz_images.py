@@ -1,17 +1,13 @@
 """``.npz`` files in the layout of ADM's evaluator: images in place, statistics if there are any."""
 
 import logging
-import math
-import os
-import struct
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
+from smalto.arrays import npz_array
 from smalto.data.annotations import MAX_LABEL
 from smalto.data.foreign import reading
 from smalto.errors import InputError, MissingFile
@@ -21,7 +17,6 @@ log = logging.getLogger(__name__)
 IMAGES_KEY = "arr_0"
 LABEL_KEYS = ("labels", "arr_1")
 STATISTICS_KEYS = ("mu", "sigma", "mu_s", "sigma_s")
-_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field end the fixed part of a zip member's header
 
 
 @dataclass(frozen=True)
@@ -133,40 +128,5 @@ def _numbers(path: Path, key: str) -> np.ndarray:
 
 
 def _read(path: Path, key: str) -> np.ndarray:
-    """An array: mapped where it lies uncompressed, else read whole.
-
-    Raises:
-        ValueError: damaged, or it claims another size than it has.
-    """
     with reading(f"{path}: {key} cannot be read"):
-        with zipfile.ZipFile(path) as archive:
-            name = f"{key}.npy" if f"{key}.npy" in archive.namelist() else key
-            info = archive.getinfo(name)
-            with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                if version not in _HEADERS:
-                    raise ValueError(f"its version of .npy is {version}")
-                shape, fortran, dtype = _HEADERS[version](member)
-                header = member.tell()
-                if dtype.hasobject:
-                    raise ValueError("it holds Python objects")
-                count = math.prod(shape)
-                if info.file_size - header != count * dtype.itemsize:
-                    raise ValueError(f"it claims {count} values of {dtype} and holds {info.file_size - header} bytes")
-                if info.file_size > max(_FREE, _GROWTH * os.path.getsize(path)):
-                    raise ValueError(f"it unpacks to {info.file_size} bytes, more than {_GROWTH} times the file")
-                order: Literal["F", "C"] = "F" if fortran else "C"
-                if info.compress_type != zipfile.ZIP_STORED or not count:
-                    return np.frombuffer(member.read(), dtype, count).reshape(shape, order=order)
-        with path.open("rb") as file:
-            file.seek(info.header_offset)
-            start = sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)), info.header_offset + _LOCAL_HEADER.size)
-        return np.memmap(path, dtype=dtype, mode="r", shape=shape, offset=start + header, order=order)
-
-
-_HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype]]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-_GROWTH = 200
-_FREE = 2**28  # unpacked bytes before proportions count
+        return npz_array(path, key)

@@ -183,7 +183,7 @@ class OutputFolder:
             meta = json.loads((self.path / META).read_bytes())
             shards = [shard for split in meta.get("splits", {}).values() for shard in split["shards"]]
             sizes = {self.path / shard["name"]: shard["bytes"] for shard in shards}
-        except (ValueError, TypeError, AttributeError, KeyError, FileNotFoundError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, FileNotFoundError) as error:
             raise PathInUse(f"{self.path / META} is damaged; {anew}") from error
         if self._plan.format == SAMPLES:
             sizes[self.path / "samples.npz"] = None
@@ -269,7 +269,7 @@ class OutputFolder:
             try:
                 shard = json.loads(line)
                 name, size = shard["name"], shard["bytes"]
-            except (ValueError, TypeError, KeyError):  # a power cut: the same
+            except (ValueError, TypeError, KeyError, RecursionError):  # a power cut: the same
                 continue
             if not SHARD.fullmatch(str(name)):
                 continue

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from smalto.arrays import npz_array
 from smalto.data.content import content_hash
 from smalto.data.folder_scan import find_pictures, told
+from smalto.data.foreign import reading
 from smalto.data.npz_images import npz_names, open_npz_images
 from smalto.data.patterns import is_foreign, scan_foreign
 from smalto.data.pictures import open_picture, read_picture_file
@@ -259,8 +261,8 @@ def _npz_index(path: Path, count: int) -> np.ndarray | None:
     """Number of each image, int64 (count,); None when the file does not tell."""
     if INDEX_KEY not in npz_names(path):
         return None
-    with np.load(path, allow_pickle=False) as file:
-        index = file[INDEX_KEY]
+    with reading(f"{path}: {INDEX_KEY} cannot be read"):
+        index = np.array(npz_array(path, INDEX_KEY, mapped=False))
     if index.shape != (count,) or index.dtype.kind not in "iu" or len(np.unique(index)) != count or index.min() < 0:
         raise InputError(
             f"{path}: {INDEX_KEY} must hold the number of each of its {count} images, none twice; it is {index.dtype} "

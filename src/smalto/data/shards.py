@@ -5,28 +5,23 @@ after that an image, or the codes of one, is a single read at an offset in the t
 """
 
 import itertools
-import json
 import math
 import os
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.meta import CODES, IMAGES, meta_problems, read_json
 from smalto.data.tar_members import Member, tar_members
 from smalto.errors import InputError, MissingFile
 
-__all__ = ["Member", "tar_members"]
+__all__ = ["CODES", "IMAGES", "Member", "tar_members"]
 
-IMAGES: Final = "smalto-images"
-CODES: Final = "smalto-codes"
 VERSION = 1
 META = "meta.json"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-_SHARD_NAME = re.compile(r"[^/\\\0]+\.tar")
 _MAKE = {
     IMAGES: "make it with: smalto prepare source=NAME out={path}",
     CODES: "make it with: smalto extract tokenizer_ckpt=CHECKPOINT data=IMAGE_SHARDS out={path}",
@@ -52,13 +47,13 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
             f"{unfinished if (path / 'plan.json').exists() else ''}; {make}"
         )
     try:
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
         found, version = meta["format"], meta["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / META} is not a smalto {META} ({error}); {make}") from error
     if found != expected:
         raise InputError(
-            f"{path} holds {_KIND.get(found, found)}, but {_KIND[expected]} are needed here; "
+            f"{path} holds {_KIND.get(str(found), str(found)[:60])}, but {_KIND[expected]} are needed here; "
             f"give another folder or {make}"
         )
     if version != VERSION:
@@ -78,21 +73,6 @@ def read_meta(path: str | Path, expected: Literal["smalto-images", "smalto-codes
                 f"copied incompletely or changed; restore it, or {make} overwrite=true"
             )
     return meta
-
-
-def meta_problems(meta: dict[str, Any]) -> list[str]:
-    """What cannot be true in a meta.json of one of our formats, whatever the shards hold; one line each."""
-    try:
-        names = [shard["name"] for shard in _shards(meta)]
-        problems = [f"shard {name!r} is no plain file name" for name in names if not _SHARD_NAME.fullmatch(name)]
-        problems += [f"shard {name} is listed twice" for name, count in Counter(names).items() if count > 1]
-        for split, entry in meta["splits"].items():
-            counts = [shard.get("num_images") for shard in entry["shards"]]
-            if None not in [entry.get("num_images"), *counts] and entry["num_images"] != sum(counts):
-                problems.append(f"{split} has {entry['num_images']} images, its shards {sum(counts)}")
-        return problems
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"it lacks what belongs there ({type(error).__name__}: {error})"]
 
 
 def missing_shards(path: str | Path, meta: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.arrays import npy_array
 from smalto.data.foreign import reading
 from smalto.data.shards import ShardFiles, map_member, tar_members
 from smalto.errors import InputError, MissingFile
@@ -29,7 +30,7 @@ def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray
         if not path.is_file():
             raise MissingFile(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
         with reading(f"{path} is not a whole .npy file"):
-            features = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may claim any size
+            features = npy_array(path)
         if features.dtype.kind not in "fiu":
             raise InputError(f"{path} holds {features.dtype}; text features are real numbers")
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
@@ -89,6 +90,11 @@ class TextReader:
                     lengths.append(np.array(map_member(file, member)))
                 elif member.name.endswith("." + TEXT):
                     block = map_member(file, member)
+                    if block.dtype != np.float16 or block.shape[1:] != (self.dim,):
+                        raise InputError(
+                            f"{member.name} in {file} is {block.dtype} {block.shape}, meta.json says float16 "
+                            f"(n, {self.dim}); extract it again with overwrite=true"
+                        )
                     blocks.append((number, block.offset, len(block)))
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
         self._shard, self._offset, totals = np.array(blocks, np.int64).reshape(-1, 3).T
@@ -96,7 +102,8 @@ class TextReader:
         starts = [np.cumsum(block) - block for block in lengths]
         self._start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
         expected = sum(shard["num_images"] for shard in shards)
-        if len(self._lengths) != expected or totals.tolist() != [int(block.sum()) for block in lengths]:
+        counts = len(self._lengths) == expected and self._lengths.ndim == 1 and self._lengths.dtype.kind in "iu"
+        if not counts or self._lengths.min(initial=0) < 0 or totals.tolist() != [int(block.sum()) for block in lengths]:
             raise InputError(
                 f"the text features of {split} in {path} do not match its {expected} images; "
                 "extract them again with overwrite=true"

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from smalto.files import replacing
+from smalto.tasks.torch_file import read_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Begun:
         """
         fresh = self._metrics.state()
         try:
-            state: dict[str, Any] = torch.load(self._file, weights_only=True)
+            state: dict[str, Any] = read_torch_file(self._file)
             self._metrics.load_state(state["metrics"])
             return int(state["done"]), state["extra"]
         except FileNotFoundError:

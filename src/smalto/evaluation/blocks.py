@@ -5,18 +5,22 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.arrays import npz_array
 from smalto.files import write_bytes
 from smalto.metrics.features import Features
 
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 500
+_ARRAYS = {"label", *(field.name for field in fields(Features))}
 
 
 class FeatureBlocks:
@@ -63,8 +67,10 @@ class FeatureBlocks:
             self._path.rmdir()
 
     def _load(self, block: range) -> tuple[Features, Tensor | None]:
-        with np.load(self._file(block), allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+        file = self._file(block)
+        with ZipFile(file) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()} & _ARRAYS
+        arrays = {name: torch.from_numpy(np.array(npz_array(file, name, mapped=False, packed=False))) for name in names}
         if {len(array) for array in arrays.values()} != {len(block)}:
             raise ValueError(f"it does not hold {len(block)} images")
         label = arrays.pop("label", None)

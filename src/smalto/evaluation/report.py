@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from smalto.errors import printable
 from smalto.metrics.scores import Scores
 
 
@@ -60,12 +61,12 @@ def flat(rows: list[Measured]) -> dict[str, float]:
 
 def show(rows: list[Measured], protocol: dict[str, Any]) -> None:
     """The table to stdout, then what was not computed and why, then the protocol."""
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(_list(rows[0].scores) if len(rows) == 1 else _grid(rows, protocol.get("features", "")))
     missing = {name: reason for row in rows for name, reason in row.scores.missing.items()}
     lines = [f"not computed: {name}: {reason}" for name, reason in missing.items()]
     lines += [f"{key}: {value}" for key, value in protocol.items()]
-    console.print("\n".join(lines), highlight=False, markup=False)
+    console.print(printable("\n".join(lines)), highlight=False)
 
 
 def _list(scores: Scores) -> Table:

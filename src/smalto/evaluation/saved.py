@@ -90,7 +90,7 @@ class SavedPictures:
             found = json.loads((self.path / NOTE).read_text())
             names = [name for name in found["folders"] if re.fullmatch(r"[\w.+-]*\w", name)]  # nothing but a name
             return {"key": found["key"], "folders": names, "finished": found["finished"] is True}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {"key": None, "folders": [], "finished": False}
 
     def _write(self, *, finished: bool) -> None:

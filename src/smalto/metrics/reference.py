@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smalto.arrays import npz_array
 from smalto.errors import InputError, MissingFile, PathInUse
 from smalto.files import replacing
 from smalto.metrics.distribution import Gaussian
@@ -20,6 +21,12 @@ FORMAT = "smalto-reference"
 VERSION = 2
 Kind = Literal["generation", "reconstruction"]
 KINDS = ("generation", "reconstruction")
+_MOMENTS = ("n", "mean", "cov")
+_ARRAYS = {
+    *("format", "version", "extractor", "kind", "images", "content", "protocol", "pool"),
+    *("class_mean", "class_std", "class_count", *_MOMENTS, *(f"spatial_{name}" for name in _MOMENTS)),
+}
+"""All that a file holds."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,11 @@ class Reference:
         if not path.is_file():
             raise MissingFile(f"no reference at {path}; measure the real images first")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
+            with zipfile.ZipFile(path) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+            arrays = {
+                key: np.array(npz_array(path, key, mapped=False, packed=False)) for key in _ARRAYS if key in names
+            }
             found, version = str(arrays["format"]), int(arrays["version"])
         except Exception as error:  # a damaged file fails in ways that are nobody's list
             raise InputError(f"{path} is not a reference written by smalto, or damaged: {error}") from error

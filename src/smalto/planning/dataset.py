@@ -8,6 +8,9 @@ import numpy as np
 
 from smalto.data.codes import code_dtype
 from smalto.data.health import shard_meta
+from smalto.data.meta import meta_problems
+from smalto.data.shards import META
+from smalto.errors import InputError
 
 IMAGENET = 1_281_167
 FASHION_MNIST = 9_071  # of the 10,000 embedded ones, the training split of smalto prepare
@@ -34,16 +37,25 @@ def training_images(data: dict[str, Any], *, wanted: int | None) -> tuple[int, s
     if "steps_per_epoch" in data:
         return data["steps_per_epoch"] * data["batch_size"], "data.steps_per_epoch"
     path = Path(str(data.get("path")))
-    meta = shard_meta(path)
-    if meta is not None:
-        return meta["splits"]["train"]["num_images"], f"{path}/meta.json"
+    meta = _sound_meta(path)
+    counted = None if meta is None else meta["splits"].get("train", {}).get("num_images")
+    if counted is not None:
+        return counted, f"{path}/meta.json"
     whose, images = _ASSUMED.get(path.name, ("ImageNet's", IMAGENET))
     return images, f"assumed, {whose}: nothing at {path} yet (plan.num_images=N)"
 
 
+def _sound_meta(path: Path) -> dict[str, Any] | None:
+    meta = shard_meta(path)
+    problems = meta_problems(meta) if meta is not None else []
+    if problems:
+        raise InputError(f"{path / META} is damaged: {'; '.join(problems)}; restore it, or make the data set again")
+    return meta
+
+
 def stored_bytes(data: dict[str, Any]) -> int | None:
     """Of all shards in the folder of ``data``; None when there are none."""
-    meta = shard_meta(Path(str(data.get("path"))))
+    meta = _sound_meta(Path(str(data.get("path"))))
     if meta is None:
         return None
     return sum(shard["bytes"] for split in meta["splits"].values() for shard in split["shards"])

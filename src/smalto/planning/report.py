@@ -22,11 +22,11 @@ _PARTS = {
 
 def show(plan: dict[str, Any]) -> None:
     """Everything to stdout."""
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 120)
     for table in (_facts(plan), _memory(plan)):
         console.print(table, highlight=False)
     for note in plan["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False)
 
 
 def _facts(plan: dict[str, Any]) -> Table:

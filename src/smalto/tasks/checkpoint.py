@@ -84,6 +84,8 @@ def _read_exported(path: Path) -> dict[str, Any]:
             "smalto convert in=FILE out=NAME.safetensors format=safetensors from a checkpoint of smalto train"
         )
     try:
+        if not beside.is_file():
+            raise InputError("it is no plain file")
         checkpoint = json.loads(beside.read_text())
         check_plain(checkpoint, 0)
         if not isinstance(checkpoint, dict):

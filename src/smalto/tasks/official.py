@@ -5,6 +5,7 @@ Pure functions on dicts; what a network looks like is read from its tensors in
 """
 
 import argparse
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ def plain_name(name: str) -> str:
     """A name without what data parallelism, compilation and sharding put around it."""
     for prefix in INNER_PREFIXES:
         name = name.replace(prefix, "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
+    return re.sub(r"^(module\.)+", "", name)
 
 
 def which_weights(content: Any) -> str:

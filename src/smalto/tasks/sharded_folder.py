@@ -8,7 +8,6 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import warnings
 import zlib
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.futures import Future
 
 from smalto.errors import InputError
 from smalto.files import write_bytes
+from smalto.tasks.pickles import check_pickle
 from smalto.tasks.torch_file import DAMAGE, check_archive, one_line, read_torch_file
 
 Place = tuple[Any, ...]
@@ -85,10 +85,7 @@ class _Reader(FileSystemReader):
         content, checksum = (Path(self.path) / INDEX).read_bytes(), Path(self.path) / INDEX_CHECKSUM
         if self.verify and checksum.exists() and checksum.read_text().strip() != f"{zlib.crc32(content):08x}":
             raise ValueError(f"the checksum of {INDEX} differs")
-        for operation, argument, _ in pickletools.genops(content):
-            # Both make Python's reader take as much memory as they say.
-            if operation.name == "BYTEARRAY8" or ("PUT" in operation.name and int(argument or 0) > len(content)):
-                raise ValueError(f"it holds {operation.name}, as no index does")
+        check_pickle(io.BytesIO(content))
         metadata: Metadata = _Unpickler(io.BytesIO(content)).load()
         check_index(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()

@@ -4,7 +4,6 @@ import argparse
 import io
 import os
 import pickle
-import pickletools
 import re
 import struct
 import warnings
@@ -21,6 +20,7 @@ from zlib_ng.zlib_ng import crc32
 from smalto.errors import InputError, MissingFile
 from smalto.files import replacing
 from smalto.tasks.contents import check_plain
+from smalto.tasks.pickles import check_pickle
 
 DAMAGE = (
     RuntimeError,
@@ -77,6 +77,8 @@ def read_torch_file(path: str | Path) -> Any:
         raise InputError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/{inside}")
     if not path.exists():
         raise MissingFile(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
+    if not path.is_file():  # a pipe would wait for somebody to write
+        raise InputError(f"{path} is no plain file, a checkpoint is needed")
     with path.open("rb") as file:
         head = file.read(512)
     zipped = is_archive(path)
@@ -125,7 +127,7 @@ def check_archive(source: Path | io.BytesIO, size: int, *, verify: bool = False)
         for entry in entries:
             if entry.filename.endswith(".pkl"):
                 with archive.open(entry) as file:
-                    _check_names(file)
+                    check_pickle(file, KNOWN_TO_PICKLES)
                     file.read()  # at the end the checksum is compared
     damaged = _damaged_part(source, entries) if verify else None
     if damaged:
@@ -154,13 +156,7 @@ def _damaged_entry(content: mmap | memoryview, entries: list[ZipInfo]) -> str | 
 def _check_pickles(path: Path) -> None:
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         for _ in range(PICKLES_OF_OLD_FILES):
-            _check_names(cast("IO[bytes]", content))
-
-
-def _check_names(file: IO[bytes]) -> None:
-    for operation, argument, _ in pickletools.genops(file):
-        if operation.name in ("GLOBAL", "INST") and not KNOWN_TO_PICKLES.fullmatch(str(argument)):
-            raise pickle.UnpicklingError(f"GLOBAL {str(argument).replace(' ', '.')}")
+            check_pickle(cast("IO[bytes]", content), KNOWN_TO_PICKLES)
 
 
 def _reason(error: Exception) -> str:
