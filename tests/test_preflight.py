@@ -39,8 +39,9 @@ def test_classes_that_the_model_has_not_got_are_told_before_anything_is_built(tm
     assert [problem[0] for problem in classes(plain)] == [
         f"the codes at {tmp_path} have 16 classes, model.conditioner.num_classes is 10"
     ]
-    with pytest.raises(ValueError, match=r"have 16 classes, model.conditioner.num_classes is 10"):
+    with pytest.raises(ValueError, match=r"have 16 classes, model.conditioner.num_classes is 10") as error:
         preflight(plain)
+    assert str(error.value).count("have 16 classes") == 1
     assert next(classes(labelled(tmp_path, 11, known=10)))  # label 10 would be taken for no class at all
     assert "have no labels" in next(classes(labelled(tmp_path, None, known=10)))[0]
 
@@ -57,17 +58,3 @@ def test_too_few_gpus(monkeypatch):
     config = compose("train", ["run_dir=x", "trainer.accelerator=gpu", "trainer.devices=8"])
     with pytest.raises(ValueError, match=r"2 GPU\(s\) here, trainer.devices is 8"):
         preflight(OmegaConf.to_container(config, resolve=True))
-
-
-@pytest.mark.parametrize(("found", "refused"), [(16, True), (10, False), (None, False), ("ten", False)])
-def test_codes_of_more_classes_than_the_model_knows(tmp_path, found, refused):
-    from smalto.preflight import files
-
-    (tmp_path / "meta.json").write_text(json.dumps({"num_classes": found}))
-    settings = ["data=codes", f"data.path={tmp_path}", "model.conditioner.num_classes=10", f"run_dir={tmp_path}/run"]
-    config = compose("train", [*settings, "callbacks=_common", "trainer.max_steps=1"])
-    told = ["\n".join(lines) for lines in files(OmegaConf.to_container(config, resolve=True))]
-    assert bool(told) == refused
-    if refused:
-        assert f"{tmp_path} has 16 classes, model.conditioner.num_classes is 10" in told[0]
-        assert told[0].endswith("model.conditioner.num_classes=16")

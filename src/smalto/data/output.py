@@ -144,6 +144,13 @@ class OutputFolder:
             os.fsync(file.fileno())
         self.done[shard["name"]] = shard
 
+    def discard(self) -> None:
+        """Remove results that hold nothing, so that the job may be begun with other settings."""
+        assert self._began
+        for path in (*self._plan.results(self.path), self.path / DONE):
+            path.unlink(missing_ok=True)
+        self.done.clear()
+
     def finish(self, meta: dict[str, Any]) -> None:
         """Write meta.json: from here on the data set exists."""
         assert self._began
@@ -247,7 +254,7 @@ class OutputFolder:
     def _changed(self, plan: Plan) -> list[str]:
         """What differs from the settings of ``plan``."""
         old, new = self._earlier(plan.settings), self._plan.settings
-        changed = [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+        changed = _differences(old, new)
         if plan.format != self._plan.format:
             changed.insert(0, f"format: {plan.format} there, {self._plan.format} now")
         return changed
@@ -278,6 +285,22 @@ class OutputFolder:
                 self.done[name] = shard
         write_bytes(self.path / DONE, "".join(json.dumps(s) + "\n" for s in self.done.values()).encode())
         log.info("%s: continuing, %d shards were finished", self.path, len(self.done))
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``key: OLD there, NEW now`` of every setting that differs; one file or folder may be written in several ways."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    same = old == new or (isinstance(old, str) and isinstance(new, str) and _is_one_path(old, new))
+    return [] if same else [f"{prefix[:-1]}: {old} there, {new} now"]
+
+
+def _is_one_path(old: str, new: str) -> bool:
+    try:
+        return os.path.samefile(old, new)
+    except (OSError, ValueError):  # one of them is no path
+        return False
 
 
 _REASONS = REASONS | dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write")
