@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from smalto import convert
 from smalto.losses.patchgan import PatchDiscriminator
 from smalto.runtime import compose
 from smalto.tasks.checkpoint import load_task, load_tokenizer, read_checkpoint
+from smalto.tasks.official_config import Hints, gpt_node
 from smalto.tasks.safetensors import write_safetensors
 from smalto.types import SamplingConfig
 
@@ -362,3 +364,79 @@ def test_the_command_exits_with_1_and_one_message(tmp_path, monkeypatch, capsys)
     assert caught.value.code == 1
     assert "smalto convert: " in capsys.readouterr().err
     assert not (tmp_path / "y.ckpt").exists()
+
+
+def told(tmp_path, *overrides: str, name: str = "x.pt", **content: Any) -> dict[str, Any]:
+    """The config that comes of a tiny file of the authors with more in it."""
+    source = saved(tmp_path / name, {"model": tiny_gpt(), **content})
+    run(source, tmp_path / "out.ckpt", "num_heads=2", "overwrite=true", *overrides)
+    return read_checkpoint(tmp_path / "out.ckpt")["smalto"]["config"]
+
+
+def test_of_model_and_ema_the_authors_choice_is_taken_said_and_kept(tmp_path, caplog):
+    caplog.set_level("INFO")
+    average = {name: value + 1 for name, value in tiny_gpt().items()}
+    options = ("image_size=16", "downsample_factor=2")
+    for overrides, taken, said in (((), "model", 1), (("weights=ema",), "ema", 0), (("weights=model",), "model", 0)):
+        caplog.clear()
+        assert told(tmp_path, *options, *overrides, ema=average)["weights"] == taken
+        assert sum("model and ema" in record.message for record in caplog.records) == said
+        found = read_checkpoint(tmp_path / "out.ckpt")["state_dict"]["net.norm.weight"]
+        assert torch.equal(found, tiny_gpt()["norm.weight"] + (taken == "ema"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "arguments", "message"),
+    [
+        (("image_size=256", "downsample_factor=32"), "c2i_B_384.pt", {}, r"image_size is 256, its name says 384"),
+        (
+            ("image_size=16", "downsample_factor=2"),
+            "x.pt",
+            {"image_size": 32},
+            r"image_size is 16, the arguments of its training say 32",
+        ),
+        (
+            ("image_size=16", "downsample_factor=2"),
+            "x.pt",
+            {"downsample_size": 4},
+            r"downsample_factor is 2, the arguments of its training say 4",
+        ),
+    ],
+)
+def test_hints_that_the_file_contradicts_are_refused(tmp_path, overrides, name, arguments, message):
+    args = argparse.Namespace(**arguments)
+    with pytest.raises(ValueError, match=rf"{message}.*force=true"):
+        told(tmp_path, *overrides, name=name, args=args)
+    forced = told(tmp_path, *overrides, "force=true", name=name, args=args)
+    assert f"image_size={forced['image_size']}" == overrides[0]
+
+
+def test_heads_of_a_published_size_are_known():
+    tensors = {
+        "tok_embeddings.weight": torch.empty(16, 768, device="meta"),
+        "cls_embedding.embedding_table.weight": torch.empty(11, 768, device="meta"),
+    }
+    for i in range(12):
+        tensors[f"layers.{i}.attention.wqkv.weight"] = torch.empty(3 * 768, 768, device="meta")
+        tensors[f"layers.{i}.feed_forward.w1.weight"] = torch.empty(2048, 768, device="meta")
+    hints = Hints(image_size=256, num_heads=16)
+    with pytest.raises(ValueError, match=r"num_heads is 16, the published size .* has 12.*force=true"):
+        gpt_node(tensors, hints, Path("x.pt"))
+    assert gpt_node(tensors, replace(hints, force=True), Path("x.pt"))["num_heads"] == 16
+    assert gpt_node(tensors, Hints(image_size=256), Path("x.pt"))["num_heads"] == 12
+
+
+def test_a_codebook_that_the_arguments_know(tmp_path):
+    args = argparse.Namespace(codebook_l2_norm=False)
+    source = saved(tmp_path / "x.pt", {"model": tiny_tokenizer(), "args": args})
+    with pytest.raises(ValueError, match=r"l2_norm is True, the arguments of its training say False"):
+        run(source, tmp_path / "out.ckpt", "l2_norm=true")
+    run(source, tmp_path / "out.ckpt")
+    assert not load_tokenizer(tmp_path / "out.ckpt").tokenizer.quantizer.l2_norm
+    with pytest.raises(ValueError, match=r"l2_norm is True, the config in .* says False"):
+        run(tmp_path / "out.ckpt", tmp_path / "again.ckpt", "l2_norm=true")
+
+
+def test_a_tokenizer_decides_how_much_it_shrinks_images(tmp_path, gpt_file, tokenizer_file):
+    with pytest.raises(ValueError, match=r"downsample_factor is 4, the tokenizer .* has 2"):
+        run(gpt_file, tmp_path / "x.ckpt", *GPT[:2], "downsample_factor=4", f"tokenizer_ckpt={tokenizer_file}")

@@ -158,3 +158,8 @@ def test_the_path_may_stand_alone(images, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "image shards" in done.stdout
     assert (tmp_path / "p.png").exists()
+
+
+def test_an_empty_path_is_said():
+    with pytest.raises(ValueError, match="path is empty; give a folder"):
+        inspect_path.run(compose("inspect", ["path=''"]))

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from smalto.analysis.shard_facts import Facts, code_facts, code_statistics, image_facts, label_statistics
@@ -100,7 +101,7 @@ def checkpoint_facts(path: Path, *, verify: bool) -> tuple[Facts, list[str]]:
         "averaged weights": "yes" if averaged else "no",
         "optimizer": "yes, training can go on" if checkpoint.get("optimizer_states") else "no",
         "classes": len(about.get("classes") or []),
-        "network": json.dumps(_plain_options(section(about["config"], "task", "net"))),
+        "network": json.dumps(_plain_options(section(about["config"], "task", "net")), default=str),
         "parameters and buffers": {name: f"{count:,}" for name, count in sizes.items()},
     }
     data = section(about["config"], "data")
@@ -177,14 +178,15 @@ def show(facts: Facts, *, title: str) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             for number, (key, entry) in enumerate(value.items()):
-                table.add_row(name if number == 0 else "", f"{key}: {entry}")
+                table.add_row(name if number == 0 else "", Text(f"{key}: {entry}"))
         else:
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))  # not read for marks of style
     Console(soft_wrap=True).print(table, highlight=False)
 
 
 def _plain_options(node: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if not key.startswith("_") and not isinstance(value, dict)}
+    named = ((str(key), value) for key, value in node.items())
+    return {key: value for key, value in named if not key.startswith("_") and not isinstance(value, dict)}
 
 
 main = hydra_main("inspect")(run)

@@ -70,10 +70,11 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
     L.seed_everything(plain["seed"], workers=True, verbose=False)
     data, task = build(config.data), build(config.task)
     task.verify = plain.get("verify", True)
-    checkpoint = plain["ckpt_path"]
+    checkpoint, verified = plain["ckpt_path"], False
     if checkpoint in (None, "last"):
         # With overwrite, the first of several processes is about to remove what others may still see.
         checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints", verify=task.verify)
+        verified = checkpoint is not None and checkpoint.is_file()  # of a folder each process proves what it reads
     elif checkpoint:
         read_checkpoint(checkpoint, kind=plain["kind"], verify=False)
     claim_folder(folder, plain)
@@ -88,7 +89,7 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
         logger=loggers,
         default_root_dir=str(folder),
         enable_checkpointing=bool(savers),  # else Lightning adds a saver of its own
-        plugins=[AnyCheckpoint(verify=task.verify)],
+        plugins=[AnyCheckpoint(verify=task.verify and not verified)],
     )
     if checkpoint:
         log.info("continuing from %s", checkpoint)

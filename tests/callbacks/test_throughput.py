@@ -58,7 +58,8 @@ def test_pauses_of_other_callbacks_do_not_count(tmp_path, hook, counts):
         tmp_path, Throughput(window=4, peak_tflops=1.0), Pause(hook, 0.3), max_steps=4, val_check_interval=2
     )
     trainer.fit(make_gpt_task(), make_codes())
-    assert (4 * 8 / float(trainer.callback_metrics["train/images_per_second"]) < 0.3) != counts
+    pauses = 2 * 0.3  # or four of them: a busy machine takes long, but not so long, for four tiny steps
+    assert (4 * 8 / float(trainer.callback_metrics["train/images_per_second"]) < pauses) != counts
 
 
 def test_waiting_for_data_counts(tmp_path):

@@ -73,6 +73,18 @@ def test_numbers_that_are_no_class_are_refused_with_their_row(tmp_path, make, ba
         source.check()
 
 
+def test_nothing_is_asked_of_a_split_that_is_left_out(tmp_path):
+    """Public test splits have -1 for labels, ImageNet's has no class folders."""
+    rows = ["train,0", "val,1", "test,-1", "test,"]
+    source = table(tmp_path, rows, header="path,split,label")
+    plan = plan_splits(source, "auto", 0.1, None, None)
+    source.check(np.concatenate(list(plan.values())))
+    assert [source[i].label for i in (0, 1, 3)] == [0, 1, None]
+    for refuse in (source.check, lambda: source[2]):
+        with pytest.raises(ValueError, match="label"):
+            refuse()
+
+
 @pytest.mark.parametrize("column", [[1, 2, None], [1.0, 2.0, None]])
 def test_parquet_numbers_beside_gaps(tmp_path, column):
     source = parquet(tmp_path, column)

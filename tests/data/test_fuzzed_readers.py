@@ -47,7 +47,7 @@ def picture(image_format: str = "PNG", **options) -> bytes:
 def use(source: Source) -> None:
     """What ``smalto prepare`` does with a source, without the shards: a record may be rejected, by one line."""
     splits = plan_splits(source, "auto", 0.5, None, np.random.default_rng(0))
-    source.check()
+    source.check(np.concatenate(list(splits.values())) if splits else [])
     listing(source, splits)
     assert isinstance(source.skipped, dict)
     for index in range(min(len(source), 20)):

@@ -208,3 +208,16 @@ def _runs(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("read", ["", "images", "train-*.tar"])
+def test_what_a_job_reads_is_never_taken_for_its_result(tmp_path, read):
+    with begun(tmp_path, size=1) as job:
+        shard(job, "train-00000.tar")
+        job.finish({"splits": {}})
+    job = OutputFolder(
+        tmp_path / "x/..", format="smalto-codes", settings={}, command="c", overwrite=True, reads=[tmp_path / read]
+    )
+    with pytest.raises(FileExistsError, match="is where c reads from"):
+        job.__enter__()
+    assert (tmp_path / "train-00000.tar").exists()

@@ -11,7 +11,7 @@ from smalto.data.output import OutputFolder
 from smalto.data.patterns import expand_paths
 from smalto.data.shards import CODES, IMAGES, map_member, missing_shards, read_member, read_meta, tar_members
 from smalto.data.write import TarShard, npy_bytes
-from smalto.errors import InputError, MissingFile
+from smalto.errors import InputError, UserError
 from smalto.files import write_json
 
 
@@ -205,5 +205,5 @@ def test_prepared_is_what_has_all_its_shards(tmp_path):
     settings = {"source": "x"}
     write_json(tmp_path / "plan.json", {"format": IMAGES, "settings": settings})
     folder = OutputFolder(tmp_path, format=IMAGES, settings=settings, command="smalto prepare", overwrite=False)
-    with pytest.raises(MissingFile, match=r"train-00000\.tar is missing.*restore.*overwrite=true"), folder:
+    with pytest.raises(UserError, match=r"train-00000\.tar is missing.*restore.*overwrite=true"), folder:
         pass

@@ -11,6 +11,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from smalto.data.pictures import read_picture_file
+from smalto.data.transforms import decode_image
 from smalto.redact import redacted
 
 REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
@@ -75,9 +77,8 @@ def send(client: MlflowClient, run_id: str, entry: Entry, base: Path) -> None:
 
 def _picture(path: str) -> Image.Image:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB")
-    except OSError as error:
+        return decode_image(read_picture_file(Path(path)))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no picture any more: {error}") from error
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from shutil import rmtree
 from types import FrameType
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -21,6 +20,7 @@ from smalto.errors import InputError, StorageError
 from smalto.files import commit
 from smalto.tasks.sharded_folder import damage
 from smalto.tasks.strategy import ShardedStrategy
+from smalto.tasks.torch_file import DAMAGE, check_archive, is_archive
 
 log = logging.getLogger(__name__)
 
@@ -257,14 +257,13 @@ def newest_checkpoint(folder: Path, *, verify: bool = False) -> Path | None:
 
 
 def _damage_of_file(path: Path, *, verify: bool) -> str | None:
-    if not is_zipfile(path):
+    if not is_archive(path):
         return "truncated"
     try:
-        with ZipFile(path) as archive:
-            part = archive.testzip() if verify else None
-    except (BadZipFile, OSError) as error:
+        check_archive(path, path.stat().st_size, verify=verify)
+    except (*DAMAGE, OSError) as error:
         return str(error)
-    return part and f"{part} is not what was written"
+    return None
 
 
 def checkpoint_to_continue(folder: Path, *, verify: bool = True) -> Path | None:

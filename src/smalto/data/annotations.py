@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import one_line
 from smalto.errors import InputError
 
 SPLITS = {
@@ -18,8 +19,10 @@ SPLITS = {
 }
 MAX_LABEL = 2**31 - 1  # code shards hold labels as int32
 
+_SPLIT_WORD = re.compile(rf"(?<![a-z])(?:trainval|{'|'.join(SPLITS)})(?:set)?(?![a-z])")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _NO_NUMBER = {"nan", "inf", "+inf", "-inf", "infinity", "-infinity", "null", "none", "na", "n/a", "<na>"}
+_NO_NAME = re.compile("[\0-\b\ud800-\udfff\ufeff]")
 _LEADING = re.compile(r"(train|val|test|dev|eval)(ing|id|idation|uation|set|val)?(?![a-z])", re.IGNORECASE)
 
 
@@ -34,6 +37,37 @@ def leading_split(path: Path) -> str | None:
     return split_word({"dev": "val", "eval": "val"}.get(found[1].lower(), found[1])) if found else None
 
 
+def words_of_splits(name: str) -> set[str]:
+    """Splits that a name speaks of, with a word of its own: ``imagenet1k-train-00.tar``, ``val2017``, ``test_set``."""
+    words = (word.removesuffix("set") for word in _SPLIT_WORD.findall(name.lower()))
+    return {SPLITS["train" if word == "trainval" else word] for word in words}
+
+
+def has_held_out(splits: Iterable[str | None]) -> bool:
+    """Whether there is training among them, and something to be kept from it."""
+    found = set(splits)
+    return "train" in found and bool(found & {"val", "test"})
+
+
+def file_splits(paths: Sequence[Path]) -> list[str | None]:
+    """Split of each of several files: the word a name begins with; without such words, what else tells them apart.
+
+    That is the folder a file is in (``train/0000.parquet``), or a word in its name (``imagenet1k-train-00.tar``), if
+    these make out both training and something held out: it must not be trained on.
+    """
+    leading = [leading_split(path) for path in paths]
+    if any(leading):
+        return leading
+    for found in ([split_word(p.parent.name) for p in paths], [_only(words_of_splits(p.name)) for p in paths]):
+        if has_held_out(found):
+            return found
+    return leading
+
+
+def _only(words: set[str]) -> str | None:
+    return next(iter(words)) if len(words) == 1 else None
+
+
 def read_labels(values: Sequence[Any], place: Callable[[int], str]) -> list[int | str | None]:
     """A column of labels, decided as a whole: numbers if all of it are whole numbers (also ``3.0``), else names.
 
@@ -42,23 +76,25 @@ def read_labels(values: Sequence[Any], place: Callable[[int], str]) -> list[int 
         place: says where value number i stands.
 
     Raises:
-        ValueError: a fraction, NaN or a word for it among numbers, a number that is no class, or no single value.
+        ValueError: a fraction, NaN or a word for it among numbers, or no single value. (Numbers that are no class, such
+            as -1, may stand in a split that nobody takes: ``check_labels`` looks at those that are taken.)
     """
     read = [_read(value, i, place) for i, value in enumerate(values)]
     names = any(kind is str for kind, _ in read)
-    for i, (kind, number) in enumerate(read):
+    for i, (kind, _) in enumerate(read):
         if kind is float and not (names and isinstance(values[i], str)):
             raise InputError(
-                f"{place(i)}: the label {values[i]!r} is no class; labels are whole numbers from 0, or names, or "
+                f"{place(i)}: the label {_shown(values[i])} is no class; labels are whole numbers from 0, or names, or "
                 "left empty"
             )
-        if not names and number is not None and not 0 <= number <= MAX_LABEL:
-            raise InputError(
-                f"{place(i)}: the label is {number}; labels count from 0 to {MAX_LABEL}: leave it empty where there is "
-                "no label, or take the images without labels"
-            )
     if names:
-        return [None if value is None else str(value).strip() for value in map(_blank, values)]
+        found: list[int | str | None] = [None if v is None else str(v).strip() for v in map(_blank, values)]
+        for i, name in enumerate(found):
+            if isinstance(name, str) and _NO_NAME.search(name):
+                raise InputError(
+                    f"{place(i)}: the label {_shown(name)} holds bytes that are no text; write it as a number or a name"
+                )
+        return found
     return [number for _, number in read]
 
 
@@ -114,6 +150,8 @@ def given_names(classes: Iterable[Any]) -> list[str]:
     Raises:
         ValueError: null, true or false, which YAML makes of words without quotes.
     """
+    if isinstance(classes, str | bytes | Mapping):
+        raise InputError(f"source.classes is {_shown(classes)}; it must be a list of names in the order of the labels")
     names = list(classes)
     for name in names:
         if name is None or isinstance(name, bool) or not isinstance(name, str | int | float):
@@ -138,36 +176,61 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 def class_number(label: int | str | None, numbers: Mapping[str, int], where: object) -> int | None:
     """Label as a number; names are looked up in ``numbers``."""
     if not isinstance(label, str):
+        if label is not None and not 0 <= label <= MAX_LABEL:
+            raise InputError(f"the label is {label}; labels count from 0 to {MAX_LABEL}")
         return label
     if label not in numbers:
-        raise InputError(f"class {label!r} in {where} is not among source.classes ({len(numbers)} names)")
+        raise InputError(
+            f"class {label!r} in {where} is not among source.classes ({len(numbers)} names), or several classes are "
+            "called so"
+        )
     return numbers[label]
 
 
-def check_labels(labels: Sequence[int | str | None], classes: Sequence[str], name: Callable[[int], str]) -> None:
+def check_labels(
+    labels: Sequence[int | str | None], records: Iterable[int], classes: Sequence[str], name: Callable[[int], str]
+) -> None:
     """Refuse, before any image is read, labels that no set of classes can have.
 
     Args:
         labels: of all records.
+        records: those that are wanted; of others nothing is asked.
         classes: their names; may be empty.
         name: of a record.
 
     Raises:
-        ValueError: only some records have one, or a number beyond the names.
+        ValueError: only some records have one, or a number or a name that is no class.
     """
-    missing = [i for i, label in enumerate(labels) if label is None]
-    if missing and len(missing) < len(labels):
-        shown = ", ".join(name(i) for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    records = [int(i) for i in records]
+    missing = [i for i in records if labels[i] is None]
+    if missing and len(missing) < len(records):
+        shown = ", ".join(one_line(name(i)) for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(
-            f"{len(missing)} of {len(labels)} images have no label ({shown}); give all of them one, or none (labels "
+            f"{len(missing)} of {len(records)} images have no label ({shown}); give all of them one, or none (labels "
             "are not needed to train a tokenizer)"
         )
-    if classes:
-        for i, label in enumerate(labels):
-            if isinstance(label, int) and label >= len(classes):
-                raise InputError(
-                    f"{name(i)}: a label is {label} but the source names {len(classes)} classes; correct source.classes"
-                )
+    numbers = class_numbers(classes)
+    unknown = [i for i in records if isinstance(label := labels[i], str) and label not in numbers]
+    if unknown:
+        shown = ", ".join(sorted({repr(labels[i]) for i in unknown})[:5])
+        raise InputError(
+            f"{len(unknown)} of {len(records)} images ({one_line(name(unknown[0]))}, ...) are of classes not among "
+            f"source.classes, or that several have there: {shown}; correct the list"
+        )
+    for i in records:
+        label = labels[i]
+        if not isinstance(label, int):
+            continue
+        if not 0 <= label <= MAX_LABEL:
+            raise InputError(
+                f"{one_line(name(i))}: the label is {label}; labels count from 0 to {MAX_LABEL}: leave it empty where "
+                "there is no label, or take the images without labels"
+            )
+        if classes and label >= len(classes):
+            raise InputError(
+                f"{one_line(name(i))}: a label is {label} but the source names {len(classes)} classes; correct "
+                "source.classes"
+            )
 
 
 def check_range(labels: np.ndarray, num_classes: int, where: object) -> None:

@@ -1,6 +1,7 @@
 """One source record to the members of a shard: decode, resize, encode. Runs in workers, without torch."""
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,8 @@ class Recipe:
             )
         elif self.resize != "keep" and (self.image_size is None or self.image_size < 1):
             problems.append(f"resize={self.resize} needs image_size, the side in pixels; it is {self.image_size}")
+        elif self.image_size is not None and self.image_size**2 > MAX_PIXELS:
+            problems.append(f"image_size is {self.image_size}, must be at most {math.isqrt(MAX_PIXELS)}")
         limits = {"jpg": (1, 100), "png": (-1, 9), "webp": (0, 6)}
         if self.encoding not in limits:
             problems.append(f"encoding is {self.encoding!r}, must be png, jpg or webp")
@@ -129,7 +132,10 @@ def _encode_image(source: Image.Image | bytes, recipe: Recipe) -> tuple[bytes, t
     if side is not None:
         long = max(image.size) * side // min(image.size)
         if recipe.resize != "pad" and long * side > MAX_PIXELS:
-            raise InputError(f"{image.width}x{image.height} pixels: with its short side at {side} it would have {long}")
+            raise InputError(
+                f"{image.width}x{image.height} pixels: with its short side at {side} the long one is {long}, more than "
+                f"{MAX_PIXELS} pixels in all; crop it first"
+            )
         resize = {"center_crop": center_crop, "short_side": resize_short_side, "pad": pad_to}[recipe.resize]
         image = resize(image, side)
     buffer = io.BytesIO()

@@ -1,14 +1,17 @@
 """All picture files below a folder: what is taken, what is left out and why."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smalto.data.annotations import split_word
+from smalto.data.annotations import has_held_out, split_word, words_of_splits
 from smalto.data.shards import IMAGE_SUFFIXES
 from smalto.errors import InputError, MissingFile
+
+log = logging.getLogger(__name__)
 
 SYSTEM = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 """Names that systems leave among files, in lower case; names that begin with a dot count as hidden."""
@@ -73,13 +76,20 @@ def folders_are_splits(path: Path, files: Sequence[tuple[str, ...]], layout: str
     """
     tops = sorted({parts[0] for parts in files if len(parts) > 1})
     splits = {top: split_word(top) for top in tops if split_word(top)}
-    if layout == "classes" or (layout == "auto" and not splits):
+    if layout == "classes":
+        return False
+    if layout == "auto" and not splits:
+        _refuse_hidden_splits(path, files, tops)
         return False
     others = [f"the folder {top}" for top in tops if top not in splits] + [p[0] for p in files if len(p) == 1]
     if layout == "auto" and "train" not in splits.values() and others:
         return False
+    if layout == "auto":
+        _refuse_deeper_splits(path, files)
     told_apart = (
-        "source.layout=splits, or source.layout=classes if all of them are classes, and move away what is neither"
+        ("source.layout=splits, or " if layout == "auto" else "")
+        + "source.layout=classes if all of them are classes, or call splits train, val, test, and move away what is "
+        "neither"
     )
     if others:
         raise InputError(
@@ -92,6 +102,61 @@ def folders_are_splits(path: Path, files: Sequence[tuple[str, ...]], layout: str
             f"{told_apart}"
         )
     return True
+
+
+def _refuse_hidden_splits(path: Path, files: Sequence[tuple[str, ...]], tops: Sequence[str]) -> None:
+    """Refuse splits under names or in places where they would be taken for classes, or for nothing.
+
+    Raises:
+        ValueError: all top folders hold words for splits (``train2017``, ``test_set``), or ``train`` and ``val`` lie
+            deeper.
+    """
+    words = [words_of_splits(top) for top in tops]
+    if words and all(words) and has_held_out(word for found in words for word in found):
+        raise InputError(
+            f"{path} has {', '.join(tops[:5])}{', ...' if len(tops) > 5 else ''}: splits by the words in them; call "
+            "them train, val, test, or set source.layout=classes if they are classes"
+        )
+    _refuse_deeper_splits(path, files)
+
+
+def _refuse_deeper_splits(path: Path, files: Sequence[tuple[str, ...]]) -> None:
+    below: dict[tuple[str, ...], set[str]] = {}
+    for parts in files:
+        for depth in range(1, len(parts) - 1):
+            if split_word(parts[depth]):
+                below.setdefault(parts[:depth], set()).add(parts[depth])
+    deeper = sorted(parent for parent, names in below.items() if has_held_out(map(split_word, names)))
+    if deeper:
+        more = f", and below {len(deeper) - 1} more folders" if len(deeper) > 1 else ""
+        raise InputError(
+            f"{path} has splits below {'/'.join(deeper[0])} ({', '.join(sorted(below[deeper[0]]))}){more}: set "
+            "source.path to the folder that holds train and val, name each file's split in a table (source.metadata), "
+            "or set source.layout=classes to take all as one"
+        )
+
+
+def compare_classes(path: Path, classes: Mapping[str, set[str]]) -> None:
+    """Look whether folders in the splits are the same classes.
+
+    Args:
+        path: for messages.
+        classes: of each split, ``train``, ``val`` or ``test``.
+
+    Raises:
+        ValueError: what is held out lies in one folder, and none is called so in training: it is no class.
+    """
+    train = classes.get("train", set())
+    for split in ("val", "test"):
+        extra = sorted(classes.get(split, set()) - train)
+        if len(train) > 1 and len(extra) == 1 and extra == sorted(classes[split]):
+            raise InputError(
+                f"{path} has all images for {split} in one folder, {extra[0]}, and no class for training is called so; "
+                f"give {split} a folder for each class, or leave it out; or name each file's label in a table "
+                "(source.metadata)"
+            )
+        if extra and train:
+            log.warning("%s: classes of %s that training lacks: %s", path, split, ", ".join(extra[:5]))
 
 
 def is_hidden(parts: Iterable[str]) -> bool:

@@ -101,7 +101,7 @@ class ImageStream(IterableDataset):
                 yield sample[parts.image], label
 
     def _label(self, text: bytes) -> int:
-        label = read_labels([text.decode()], lambda _: "a cls member")[0]
+        label = read_labels([text.decode("utf-8-sig")], lambda _: "a cls member")[0]
         number = class_number(label, self._numbers, "a cls member")
         if number is not None and self._num_classes is not None and number >= self._num_classes:
             raise InputError(f"the label is {number}, num_classes is {self._num_classes}")

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -24,6 +25,7 @@ from smalto.files import write_bytes
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # images a worker gets at a time
+_SHOWN = 5  # classes that a warning names
 
 
 class ImageWriter:
@@ -130,8 +132,8 @@ class ImageWriter:
         records = self._folder.done.values()
         if num_classes and all("labels" in record for record in records):  # not in folders that an older version began
             seen = {label for record in records for label in record["labels"]}
-            empty = [number for number in range(min(num_classes, 10**6)) if number not in seen]
-            if empty == [0] and not classes:
+            empty = list(islice((number for number in range(num_classes) if number not in seen), _SHOWN + 1))
+            if empty == [0] and not classes and not self._rejected:
                 log.warning(
                     "the labels run from 1 to %d: class 0 is empty, and there are %d classes; subtract 1 from the "
                     "labels if that is not meant",
@@ -139,13 +141,13 @@ class ImageWriter:
                     num_classes,
                 )
             elif empty:
-                shown = [f"{n} ({classes[n]})" if classes else str(n) for n in empty[:5]]
+                shown = [f"{n} ({classes[n]})" if classes else str(n) for n in empty[:_SHOWN]]
                 log.warning(
                     "%d of %d classes have no images: %s%s",
-                    len(empty),
+                    num_classes - len(seen),
                     num_classes,
                     ", ".join(shown),
-                    ", ..." if len(empty) > 5 else "",
+                    ", ..." if len(empty) > _SHOWN else "",
                 )
         for name, count in Counter(classes).items():
             if count > 1:
@@ -154,6 +156,15 @@ class ImageWriter:
                     ", ".join(str(number) for number, other in enumerate(classes) if other == name),
                     name,
                 )
+        alike: dict[str, list[str]] = {}
+        for name in dict.fromkeys(classes):
+            alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+        for found in alike.values():
+            if len(found) > 1:
+                log.warning("classes are called %s: nearly the same, and not one class", ", ".join(map(repr, found)))
+        blank = [name for name in classes if name.strip().lower() in ("nan", "null", "none", "<na>")]
+        if blank:
+            log.warning("classes are called %s: if that says there is no label, leave it empty", ", ".join(blank))
 
     def _encoded(self, todo: list[tuple[str, int, np.ndarray]]) -> Generator[tuple[str, list[Encoded]], None, None]:
         """Results in order, each with the name of its shard."""

@@ -1,5 +1,6 @@
 """``.npz`` files in the layout of ADM's evaluator: images in place, statistics if there are any."""
 
+import logging
 import math
 import os
 import struct
@@ -11,8 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smalto.data.annotations import MAX_LABEL
 from smalto.data.foreign import reading
 from smalto.errors import InputError, MissingFile
+
+log = logging.getLogger(__name__)
 
 IMAGES_KEY = "arr_0"
 LABEL_KEYS = ("labels", "arr_1")
@@ -61,8 +65,22 @@ def open_npz_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"{path}: {IMAGES_KEY} has shape {images.shape}; images must be (N, height, width, 3)")
     for key in LABEL_KEYS:
         labels = _read(path, key) if key in names else None
-        if labels is not None and labels.shape == (len(images),) and labels.dtype.kind in "iu":
+        if labels is None:
+            continue
+        if (
+            labels.shape == (len(images),)
+            and labels.dtype.kind in "iu"
+            and 0 <= labels.min() <= labels.max() <= MAX_LABEL
+        ):
             return images, np.array(labels)
+        log.warning(
+            "%s: %s (%s, shape %s) holds no labels, that is a whole number from 0 for each of %d images: not used",
+            path,
+            key,
+            labels.dtype,
+            labels.shape,
+            len(images),
+        )
     return images, None
 
 
@@ -127,16 +145,16 @@ def _read(path: Path, key: str) -> np.ndarray:
             with archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
                 if version not in _HEADERS:
-                    raise InputError(f"its version of .npy is {version}")
+                    raise ValueError(f"its version of .npy is {version}")
                 shape, fortran, dtype = _HEADERS[version](member)
                 header = member.tell()
                 if dtype.hasobject:
-                    raise InputError("it holds Python objects")
+                    raise ValueError("it holds Python objects")
                 count = math.prod(shape)
                 if info.file_size - header != count * dtype.itemsize:
-                    raise InputError(f"it claims {count} values of {dtype} and holds {info.file_size - header} bytes")
+                    raise ValueError(f"it claims {count} values of {dtype} and holds {info.file_size - header} bytes")
                 if info.file_size > max(_FREE, _GROWTH * os.path.getsize(path)):
-                    raise InputError(f"it unpacks to {info.file_size} bytes, more than {_GROWTH} times the file")
+                    raise ValueError(f"it unpacks to {info.file_size} bytes, more than {_GROWTH} times the file")
                 order: Literal["F", "C"] = "F" if fortran else "C"
                 if info.compress_type != zipfile.ZIP_STORED or not count:
                     return np.frombuffer(member.read(), dtype, count).reshape(shape, order=order)

@@ -1,12 +1,15 @@
 """Many shards in one word: braces, wildcards, and folders that ``smalto prepare`` did not write."""
 
 import glob
+import itertools
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smalto.data.annotations import file_splits
 from smalto.data.shards import META
-from smalto.errors import MissingFile
+from smalto.errors import InputError, MissingFile
 
 
 def expand_paths(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
@@ -26,42 +29,58 @@ def expand_paths(pattern: str | Path, suffix: str = ".tar") -> list[Path]:
         return found
     if path.exists():
         return [path]
-    paths: list[Path] = []
+    paths: dict[Path, None] = {}  # what several parts match is one file
     for part in expand_braces(str(pattern)):
         found = sorted(map(Path, glob.glob(part)))
         if not found:
             raise MissingFile(f"{part} matches no file (from {pattern}); check the path")
-        paths += found
-    return paths
+        paths |= dict.fromkeys(found)
+    return list(paths)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All texts that ``a-{000..009}.tar`` or ``{train,val}-x`` stands for, in order; also of URLs and commands."""
+    """All texts that ``a-{000..009}.tar`` or ``{train,val}-x`` stands for, in order; also of URLs and commands.
+
+    Raises:
+        ValueError: too many.
+    """
+    texts = list(itertools.islice(_expansions(pattern), _MOST + 1))
+    if len(texts) > _MOST:
+        raise InputError(f"{pattern} stands for more than {_MOST} names; check the numbers in braces")
+    return texts
+
+
+def _expansions(pattern: str) -> Iterator[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+        yield pattern
+        return
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+    choices: Iterable[str] = match[1].split(",")
     if numbers:
-        width = len(numbers[1])
-        choices = [f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [
-        text for choice in choices for text in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+        width, first, last = len(numbers[1]), int(numbers[1]), int(numbers[2])
+        step = 1 if first <= last else -1  # as shells do
+        choices = (f"{n:0{width}d}" for n in range(first, last + step, step))
+    for choice in choices:
+        yield from _expansions(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+_MOST = 10**6
 
 
 def scan_foreign(pattern: str | Path) -> dict[str, Any]:
     """What stands in for meta.json with image shards that ``smalto prepare`` did not write.
 
-    Shards whose names begin with ``val`` or ``test`` validate, all others train.
+    Shards whose names or folders say that they are for validation or test validate, all others train.
 
     Raises:
         FileNotFoundError: nothing matches.
     """
     splits: dict[str, Any] = {split: {"shards": []} for split in ("train", "val")}
-    for path in expand_paths(pattern):
-        split = "val" if path.name.lower().startswith(("val", "test")) else "train"
+    paths = expand_paths(pattern)
+    for path, word in zip(paths, file_splits(paths), strict=True):
+        held_out = word in ("val", "test") or path.name.lower().startswith(("val", "test"))
+        split = "val" if held_out else "train"
         splits[split]["shards"].append({"name": str(path.absolute())})
     return {"splits": splits, "num_classes": None, "classes": [], "image_size": None, "encoding": None}
 

@@ -6,13 +6,12 @@ Ghostscript). Worker processes of ``smalto prepare`` import this module, so it d
 
 import io
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError, features
 
-from smalto.data.foreign import reason
+from smalto.data.foreign import open_plain, reason
 from smalto.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -73,11 +72,8 @@ def read_picture_file(path: Path) -> bytes:
         OSError: it cannot be read.
         ValueError: no plain file (a pipe or a device would never end), or larger than any picture.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe would wait
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path} is no plain file")
-        check_file_size(found.st_size)
+    with open_plain(path) as file:
+        check_file_size(os.fstat(file.fileno()).st_size)
         return file.read()
 
 

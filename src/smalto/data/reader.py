@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from smalto.data.annotations import read_labels
+from smalto.data.annotations import class_number, read_labels
 from smalto.data.folder_scan import told
+from smalto.data.foreign import one_line
 from smalto.data.pictures import check_file_size
 from smalto.data.shards import Member, ShardFiles, split_key, tar_members
 from smalto.data.tar_records import is_image, record_key, roles
@@ -124,7 +125,7 @@ def _foreign_pairs(path: Path) -> dict[str, tuple[Member, Member | None]]:
             continue
         key, suffix = place
         if suffix in found.setdefault(key, {}):
-            twice = f"two images with the key {key}" if is_image(suffix) else f"{member.name} twice"
+            twice = f"two images with the key {one_line(key)}" if is_image(suffix) else f"{one_line(member.name)} twice"
             raise InputError(f"{path} holds {twice}; write the shard with unique keys")
         found[key][suffix] = member
     pairs: dict[str, tuple[Member, Member | None]] = {}
@@ -144,14 +145,14 @@ def _label(file: int, cls: Member, path: Path) -> int:
     text = os.pread(file, min(cls.size, _LABEL), cls.offset).strip()
     if (text.isdigit() and len(text) < 10) or text == b"-1":
         return int(text)
-    place = f"{cls.name} in {path}"
+    place = f"{one_line(cls.name)} in {path}"
     try:
-        label = read_labels([text.decode(errors="replace")], lambda _: place)[0]
-    except ValueError as error:
+        label = read_labels([text.decode("utf-8-sig", errors="replace")], lambda _: place)[0]
+        if isinstance(label, str):
+            raise InputError(f"{place} is the word {label!r}, which has no number here")
+        return -1 if label is None else class_number(label, {}, place) or 0
+    except InputError as error:
         raise InputError(f"{error}. smalto prepare source=tar counts and names what cannot be used") from error
-    if isinstance(label, str):
-        raise InputError(f"{place} is the word {label!r}; smalto prepare source=tar numbers words")
-    return -1 if label is None else label
 
 
 _LABEL = 1024  # bytes of a cls member that are looked at

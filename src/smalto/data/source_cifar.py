@@ -82,11 +82,20 @@ def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with reading(f"{path} is not a CIFAR-10 batch"):  # whatever foreign opcodes lead to
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
+            raise ValueError("it is no dict with data and labels, in the python version for python 2")
         pixels, labels = batch[b"data"], batch[b"labels"]
-        images = (pixels.array() if isinstance(pixels, _Array) else np.asarray(pixels, np.uint8)).reshape(-1, 3, 32, 32)
-        if len(images) != len(labels):
-            raise InputError(f"it holds {len(images)} images and {len(labels)} labels")
-        return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array([int(label) for label in labels], np.int64)
+        rows = pixels.array() if isinstance(pixels, _Array) else np.asarray(pixels)
+        if rows.ndim != 2 or rows.shape[1] != 3072 or rows.dtype.kind not in "iu":
+            raise ValueError(f"its pixels are {rows.dtype} of shape {rows.shape}, must be bytes of (N, 3072)")
+        if rows.size and not 0 <= rows.min() <= rows.max() <= 255:
+            raise ValueError("its pixels are not in [0, 255]")
+        if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+            raise ValueError("its labels are no list of whole numbers")
+        if len(rows) != len(labels):
+            raise ValueError(f"it holds {len(rows)} images and {len(labels)} labels")
+        images = rows.astype(np.uint8).reshape(-1, 3, 32, 32)
+        return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
 
 class _ArrayUnpickler(pickle._Unpickler):
@@ -126,7 +135,8 @@ class _Array:
     def array(self) -> np.ndarray:
         """The bytes as numbers."""
         if self.dtype.name not in ("u1", "|u1") or self.fortran:
-            raise InputError(f"its pixels are {self.dtype.name}, not bytes")
+            order = " in Fortran's order" if self.fortran else ""
+            raise ValueError(f"its pixels are {self.dtype.name}{order}, must be bytes in C order")
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         return np.frombuffer(data, np.uint8).reshape(self.shape)
 

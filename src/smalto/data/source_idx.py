@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smalto.data.annotations import given_names
+from smalto.data.foreign import open_plain
 from smalto.data.sources import ArraySource, Part
 from smalto.errors import InputError, MissingFile
 
@@ -134,7 +135,7 @@ def read_idx(path: Path) -> np.ndarray:
         ValueError: not IDX of unsigned bytes, or cut short.
     """
     try:
-        with path.open("rb") as raw:
+        with open_plain(path) as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             size = os.fstat(raw.fileno()).st_size * (_MOST_GZIP if packed else 1)

@@ -14,15 +14,17 @@ from smalto.data.annotations import (
     class_number,
     class_numbers,
     class_order,
+    file_splits,
     given_names,
-    leading_split,
     read_caption,
     read_labels,
 )
-from smalto.data.foreign import reading
+from smalto.data.foreign import open_plain, reading
 from smalto.data.patterns import expand_paths
 from smalto.data.sources import Record, Source
 from smalto.errors import InputError
+
+_UNNAMED = 10**5  # classes that may lack a name
 
 
 class Parquet(Source):
@@ -35,7 +37,8 @@ class Parquet(Source):
             names the file lists, or sorted; None: no labels.
         caption_column: a sentence; None: no captions.
         split_column: ``train``, ``val``, ``test``; None: the words ``train``, ``val``, ``validation`` or
-            ``test`` at the start of the file name.
+            ``test`` at the start of the file name, or what else tells training from something held out: the folder
+            (``train/0000.parquet``), or another word in the name.
         class_name_column: names of the classes beside their numbers; read to fill ``classes``. None: not
             read.
         classes: names in the order of the labels; None: from ``class_name_column`` or the file's own
@@ -76,6 +79,7 @@ class Parquet(Source):
         files = []
         for path in expand_paths(self._pattern, ".parquet"):
             with reading(f"{path} is not a whole Parquet file"):
+                open_plain(path).close()  # pyarrow would wait for a pipe
                 files.append((path, pq.ParquetFile(path)))
         wanted = [self._image, self._label, self._caption, self._split, self._class_name]
         for path, file in files:
@@ -114,7 +118,7 @@ class Parquet(Source):
     def _splits(self) -> list[str | None]:
         if self._split is not None:
             return self._column(self._split)
-        words = [leading_split(path) for path, _ in self._files]
+        words = file_splits([path for path, _ in self._files])
         return [w for w, (_, file) in zip(words, self._files, strict=True) for _ in range(file.metadata.num_rows)]
 
     @cached_property
@@ -154,11 +158,17 @@ class Parquet(Source):
                     f"{self.name(index)}: class {number} is {name!r} here and {names[number]!r} before; "
                     f"source.class_name_column={column} must give each class one name"
                 )
-        return [names.get(number, str(number)) for number in range(max(names, default=-1) + 1)]
+        highest = max(names, default=-1)
+        if highest >= len(names) + _UNNAMED:
+            raise InputError(
+                f"source.class_name_column={column} names {len(names)} classes, the highest label is {highest}: labels "
+                "that are no numbers from 0 on; leave it out, or correct source.label_column"
+            )
+        return [names.get(number, str(number)) for number in range(highest + 1)]
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
-        check_labels(self._labels, self.classes, self.name)
+        check_labels(self._labels, range(len(self)) if records is None else records, self.classes, self.name)
 
     @property
     def skipped(self) -> Mapping[str, int]:

@@ -1,22 +1,27 @@
 """Images in WebDataset shards, our own or others'."""
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from smalto.data.annotations import (
     check_labels,
     class_number,
     class_numbers,
     class_order,
+    file_splits,
     given_names,
-    leading_split,
     read_caption,
     read_labels,
 )
+from smalto.data.foreign import one_line, reading
 from smalto.data.patterns import expand_paths
 from smalto.data.pictures import check_file_size
 from smalto.data.shards import META, Member, read_member, tar_members
@@ -24,6 +29,9 @@ from smalto.data.sources import Record, Source
 from smalto.data.tar_records import Roles, record_key, roles
 from smalto.errors import InputError, MissingFile
 
+log = logging.getLogger(__name__)
+
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 _TEXT = 2**20  # bytes of a label, a caption or a JSON object
 
 
@@ -40,7 +48,8 @@ class Tar(Source):
     Reads the image of a key, ``cls`` (a number or a name), ``txt`` (a caption), and ``json`` with ``label`` and
     ``caption``. A key ends at the first dot of a name; one with several images is refused. The labels of all shards
     are numbers, or names, which are numbered in sorted order. The split is the word ``train``, ``val``,
-    ``validation`` or ``test`` at the start of the shard's name.
+    ``validation`` or ``test`` at the start of the shard's name; where no name begins so, its folder (``train/0.tar``)
+    or another word in its name (``imagenet1k-train-0.tar``), if these tell training from something held out.
 
     Args:
         path: a file, a folder, or a pattern such as ``data/train-{000..099}.tar``.
@@ -70,16 +79,24 @@ class Tar(Source):
                     continue
                 key, suffix = place
                 if suffix in found.setdefault(key, {}):
-                    raise InputError(f"{shard} holds {member.name} twice; write it with unique keys, or leave it out")
+                    raise InputError(
+                        f"{shard} holds {one_line(member.name)} twice; write it with unique keys, or leave it out"
+                    )
                 found[key][suffix] = member
             for key, members in found.items():
                 parts = roles(key, members, shard)
                 if parts is None:
                     self._skipped["keys without an image"] += 1
-                else:
-                    entries.append(_Entry(shard, key, members, parts))
+                    continue
+                entries.append(_Entry(shard, key, members, parts))
+                self._skipped.update(f"members .{suffix}" for suffix in set(members) - set(parts))
         if not entries:
             raise MissingFile(f"the tar files at {self._pattern} hold no images")
+        folder = Path(self._pattern)
+        packed = sorted(p.name for p in folder.iterdir() if _PACKED.search(p.name)) if folder.is_dir() else []
+        if packed:
+            self._skipped["compressed tars"] += len(packed)
+            log.warning("%s: compressed tars are not read, unpack them first: %s", folder, ", ".join(packed[:5]))
         return entries
 
     @property
@@ -113,21 +130,24 @@ class Tar(Source):
             return self._given_classes
         meta = self._entries[0].shard.parent / META
         if meta.is_file():
-            try:
-                return list(map(str, json.loads(meta.read_text()).get("classes", [])))
-            except (ValueError, AttributeError, TypeError) as error:
-                raise InputError(f"{meta} is not a smalto {META} ({error}); set source.classes, or move it") from error
+            with reading(f"{meta} is not a smalto {META}; set source.classes, or move it"):
+                names = json.loads(meta.read_text()).get("classes")
+                if names is not None and not isinstance(names, list):
+                    raise ValueError("its classes are no list")
+                listed = given_names(names or [])
+            if listed:
+                return listed
         return class_order(label for label in self._labels[0] if isinstance(label, str))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return class_numbers(self.classes)
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
         labels, damaged = self._labels
-        sound = [index for index in range(len(labels)) if index not in damaged]
-        check_labels([labels[i] for i in sound], self.classes, lambda i: self.name(sound[i]))
+        wanted = range(len(self)) if records is None else records
+        check_labels(labels, (i for i in wanted if i not in damaged), self.classes, self.name)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -138,8 +158,13 @@ class Tar(Source):
         return f"{entry.shard.name}/{entry.key}"
 
     def split(self, index: int) -> str | None:
-        """From the name of the shard."""
-        return leading_split(self._entries[index].shard)
+        """From the name or the folder of the shard."""
+        return self._splits[self._entries[index].shard]
+
+    @cached_property
+    def _splits(self) -> dict[Path, str | None]:
+        shards = list(dict.fromkeys(entry.shard for entry in self._entries))
+        return dict(zip(shards, file_splits(shards), strict=True))
 
     def __getitem__(self, index: int) -> Record:
         entry = self._entries[index]
@@ -167,7 +192,7 @@ class Tar(Source):
         if member.size > _TEXT:
             raise InputError(f"{member.name} has {member.size} bytes; a label, caption or JSON object has {_TEXT}")
         try:
-            return read_member(entry.shard, member).decode()
+            return read_member(entry.shard, member).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{member.name} is not UTF-8 text ({error})") from error
 

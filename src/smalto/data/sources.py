@@ -22,8 +22,9 @@ from smalto.data.annotations import (
     class_numbers,
     class_order,
     given_names,
+    split_word,
 )
-from smalto.data.folder_scan import Found, find_pictures, folders_are_splits
+from smalto.data.folder_scan import Found, compare_classes, find_pictures, folders_are_splits
 from smalto.data.pictures import read_picture_file
 from smalto.data.tables import Row, read_rows
 from smalto.errors import InputError, MissingFile
@@ -83,8 +84,11 @@ class Source(ABC):
         """What was found and is no record, counted by kind."""
         return {}
 
-    def check(self) -> None:
-        """Look at all that is said of the records, before any image is read.
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
+        """Look at what is said of some records, before any image is read.
+
+        Args:
+            records: their numbers; None: all.
 
         Raises:
             ValueError: labels that no set of classes can have, or only for some.
@@ -123,7 +127,7 @@ class ArraySource(Source):
                 )
         return parts
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
         assert self._parts is not None
 
@@ -228,14 +232,25 @@ class Folder(Source):
         for parts in self._found.files:
             folders = parts[1:-1] if splits else parts[:-1]
             rows.append(Row("/".join(parts), folders[0] if folders else None, None, parts[0] if splits else None, 0))
+        if splits:
+            classes: dict[str, set[str]] = {}
+            for row in rows:
+                if isinstance(row.label, str):
+                    classes.setdefault(split_word(row.split) or "", set()).add(row.label)
+            compare_classes(self._path, classes)
         empty = self._found.empty(2 if splits else 1)
         if empty:
             log.warning("%s: folders without images: %s", self._path, ", ".join(empty))
         return rows
 
-    def check(self) -> None:
+    def check(self, records: Sequence[int] | np.ndarray | None = None) -> None:
         """See the base class."""
-        check_labels([row.label for row in self._rows], self.classes, self.name)
+        wanted = range(len(self)) if records is None else records
+        check_labels([row.label for row in self._rows], wanted, self.classes, self._place)
+
+    def _place(self, index: int) -> str:
+        row = self._rows[index]
+        return row.path if self._metadata is None else f"{self._metadata}, line {row.line} ({row.path})"
 
     @property
     def skipped(self) -> Mapping[str, int]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smalto.data.annotations import SPLITS, split_word
+from smalto.data.foreign import one_line
 from smalto.data.sources import Source
 from smalto.errors import InputError
 
@@ -31,7 +32,7 @@ def plan_splits(
     own = [None] * len(order) if split == "hash" else [source.split(int(index)) for index in order]
     missing = [i for i, word in enumerate(own) if word is None or not str(word).strip()]
     if missing and (split == "source" or len(missing) < len(own)):
-        name = source.name(int(order[min(missing, key=lambda i: order[i])]))
+        name = one_line(source.name(int(order[min(missing, key=lambda i: order[i])])))
         raise InputError(
             f"split={split}, but {name} belongs to no split ({len(missing)} of {len(own)} records do not); give it "
             "one, or use split=hash with val_fraction for all"
@@ -40,7 +41,7 @@ def plan_splits(
         words = [split_word(word) for word in own]
         if None in words:
             unknown = sorted({str(word) for word, known in zip(own, words, strict=True) if known is None})
-            name = source.name(int(order[words.index(None)]))
+            name = one_line(source.name(int(order[words.index(None)])))
             raise InputError(
                 f"{', '.join(map(repr, unknown[:5]))}: no split is called so ({name}); use {', '.join(SPLITS)}, or "
                 "split=hash with val_fraction"

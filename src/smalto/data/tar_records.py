@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from smalto.data.folder_scan import is_hidden
+from smalto.data.foreign import one_line
 from smalto.data.shards import IMAGE_SUFFIXES, split_key
 from smalto.errors import InputError
 
@@ -41,10 +42,10 @@ def roles(key: str, suffixes: Iterable[str], where: object) -> Roles | None:
     if not images:
         return None
     if len(images) > 1:
-        names = ", ".join(f"{key}.{suffix}" for suffix in images[:5])
+        names = one_line(", ".join(f"{key}.{suffix}" for suffix in images[:5]))
         raise InputError(
-            f"{where} holds {len(images)} images with the key {key} ({names}): a key ends at the first dot of a name, "
-            "and is one image; write the tar with other names"
+            f"{where} holds {len(images)} images with the key {one_line(key)} ({names}): a key ends at the first dot "
+            "of a name, and is one image; write the tar with other names"
         )
     before = images[0].rpartition(".")[0]
 
@@ -55,7 +56,7 @@ def roles(key: str, suffixes: Iterable[str], where: object) -> Roles | None:
     lost = [s for s in suffixes if s.rpartition(".")[2] == "cls"]
     if lost and found.label is None:
         raise InputError(
-            f"{where} holds the label {key}.{lost[0]}, which belongs to no image ({key}.{images[0]}); write the tar "
-            "with equal names"
+            f"{where} holds the label {one_line(f'{key}.{lost[0]}')}, which belongs to no image "
+            f"({one_line(f'{key}.{images[0]}')}); write the tar with equal names"
         )
     return found

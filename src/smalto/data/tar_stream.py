@@ -9,16 +9,17 @@ import tarfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from smalto.data.foreign import reason
+from smalto.data.foreign import one_line, reason
 from smalto.data.patterns import expand_braces, expand_paths
 from smalto.data.pictures import MAX_FILE
-from smalto.data.tar_members import StrictTarInfo
+from smalto.data.tar_members import StrictTarInfo, check_rest
 from smalto.data.tar_records import is_image, record_key, roles
 from smalto.errors import InputError, StorageError
 
@@ -161,12 +162,15 @@ def _samples(stream: _Unpacked, url: str) -> Iterator[dict[str, bytes]]:
                 sample = {}
             last = key
             if suffix in sample:
-                raise InputError(f"{url} holds {member.name} twice; write it with unique keys, or leave it out")
+                raise InputError(
+                    f"{url} holds {one_line(member.name)} twice; write it with unique keys, or leave it out"
+                )
             if is_image(suffix) or suffix.rpartition(".")[2] in ("cls", "txt", "json"):
                 content = tar.extractfile(member)
                 assert content is not None
                 sample[suffix] = content.read(MAX_FILE + 1)
             tar.members = []  # else it remembers them all
+        check_rest(iter(partial(tar.fileobj.read, 512), b""), url)
     if sample:
         roles(last or "", sample, url)
         yield sample

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from smalto.data.foreign import reading
 from smalto.data.shards import ShardFiles, map_member, tar_members
 from smalto.errors import InputError, MissingFile
 
@@ -27,9 +28,12 @@ def read_features(folder: Path, keys: list[str]) -> tuple[np.ndarray, np.ndarray
         path = folder / f"{key}.npy"
         if not path.is_file():
             raise MissingFile(f"no text features at {path}; every image needs one file SPLIT/KEY.npy below text=")
-        features = np.load(path, allow_pickle=False)
+        with reading(f"{path} is not a whole .npy file"):
+            features = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header may claim any size
+        if features.dtype.kind not in "fiu":
+            raise InputError(f"{path} holds {features.dtype}; text features are real numbers")
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
-        if features.ndim != 2 or not len(features) or (rows and features.shape[1] != rows[0].shape[1]):
+        if features.ndim != 2 or not features.size or (rows and features.shape[1] != rows[0].shape[1]):
             width = rows[0].shape[1] if rows else "width"
             raise InputError(f"{path} has shape {features.shape}, must be (tokens, {width}) with at least one token")
         with np.errstate(over="ignore"):

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from smalto.data.pictures import read_picture_file
+from smalto.data.transforms import decode_image
 from smalto.errors import InputError
 from smalto.files import replacing, sync
 
@@ -65,11 +67,8 @@ def _is_whole(path: Path) -> bool:
 
 def _pixels(path: Path) -> np.ndarray:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
+        return np.asarray(decode_image(read_picture_file(path)))
+    except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}); remove it and run the same command again") from error
 
 

@@ -73,8 +73,7 @@ class GPTTask(L.LightningModule):
         self.loss_rows = loss_rows
         self.recompute_every = recompute_every
         self.compile_net = compile
-        self.verify = True
-        """Whether checkpoints that this task reads are compared with their checksums."""
+        self.verify = True  # compare checkpoints that are read with their checksums
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
         self.net: Any = None

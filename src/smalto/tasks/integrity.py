@@ -53,7 +53,7 @@ def checksums(path: Path) -> set[tuple[int, int]]:
         return set()  # each part is compared when it is read
     if path.suffix == SUFFIX:
         return read_checksums(path)
-    if not is_zipfile(path):
+    if not is_zipfile(path):  # it has been read: it is one, or of the old format
         return set()
     with ZipFile(path) as archive:
         return {(entry.file_size, entry.CRC) for entry in archive.infolist()}

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import warnings
 import zlib
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch.futures import Future
 
 from smalto.errors import InputError
 from smalto.files import write_bytes
-from smalto.tasks.torch_file import DAMAGE, check_archive, read_torch_file
+from smalto.tasks.torch_file import DAMAGE, check_archive, one_line, read_torch_file
 
 Place = tuple[Any, ...]
 """Keys and indices that lead to a tensor in the tree."""
@@ -84,6 +85,10 @@ class _Reader(FileSystemReader):
         content, checksum = (Path(self.path) / INDEX).read_bytes(), Path(self.path) / INDEX_CHECKSUM
         if self.verify and checksum.exists() and checksum.read_text().strip() != f"{zlib.crc32(content):08x}":
             raise ValueError(f"the checksum of {INDEX} differs")
+        for operation, argument, _ in pickletools.genops(content):
+            # Both make Python's reader take as much memory as they say.
+            if operation.name == "BYTEARRAY8" or ("PUT" in operation.name and int(argument or 0) > len(content)):
+                raise ValueError(f"it holds {operation.name}, as no index does")
         metadata: Metadata = _Unpickler(io.BytesIO(content)).load()
         check_index(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -149,7 +154,7 @@ def damage(path: Path) -> str | None:
     try:
         metadata = _Reader(path).read_metadata()
     except (*DAMAGE, OSError) as error:
-        return f"{INDEX} cannot be read ({error})"
+        return f"{INDEX} cannot be read ({one_line(error)})"
     short = [
         name
         for name, end in _ends(metadata).items()
@@ -206,7 +211,7 @@ def read_folder(
     try:
         entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
     except (*DAMAGE, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again, or use the one before") from error
+        raise InputError(f"{path} is damaged ({one_line(error)}); copy it again, or use the one before") from error
     targets: dict[str, Tensor] = {}
 
     def target(mark: str, place: Place) -> Tensor:
@@ -228,7 +233,7 @@ def read_folder(
                 dcp.load(dict(targets), storage_reader=reader, no_dist=True)
     except (*DAMAGE, OSError, dcp.CheckpointException) as error:
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        reason = one_line(cause)
         raise InputError(f"{path} is damaged ({reason}); copy it again, or use the one before") from error
     return tree
 

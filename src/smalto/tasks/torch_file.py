@@ -71,7 +71,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise MissingFile(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
     with path.open("rb") as file:
         head = file.read(512)
-    zipped = is_zipfile(path)
+    zipped = is_archive(path)
     if not zipped and not re.match(rb"\x80[\x02-\x05]", head):  # the old format is a row of pickles
         start = head.lstrip().lower()
         kind = next((what for mark, what in NOT_TORCH if start.startswith(mark.lower())), None)
@@ -87,6 +87,14 @@ def read_torch_file(path: str | Path) -> Any:
     except (*DAMAGE, OSError) as error:  # offsets that no file has are an error of the system
         raise InputError(f"{path} could not be read as a checkpoint: {_reason(error)}") from error
     return content
+
+
+def is_archive(path: Path) -> bool:
+    """As :func:`zipfile.is_zipfile`, for archives that say they are parts of one too."""
+    try:
+        return is_zipfile(path)
+    except (BadZipFile, struct.error, ValueError, OSError):
+        return False
 
 
 def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) -> None:
@@ -139,8 +147,13 @@ def _reason(error: Exception) -> str:
             f"it holds {found[1]}, which is code and not a tensor; loading runs no code, so ask whoever made it for "
             "a file with tensors only (torch.save of a state_dict)"
         )
-    line = re.sub(r"[^ -~]+", " ", text.strip().splitlines()[0] if text.strip() else type(error).__name__)
-    return f"{line[:200]} (damaged, or not a file of torch.save; copy it again)"
+    return f"{one_line(error)} (damaged, or not a file of torch.save; copy it again)"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, without what a terminal would obey."""
+    text = str(error).strip()
+    return re.sub(r"[^ -~]+", " ", text.splitlines()[0] if text else type(error).__name__)[:200]
 
 
 def write_torch_file(path: Path, content: Any) -> None:
