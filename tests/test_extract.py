@@ -203,7 +203,7 @@ def test_a_refused_job_keeps_what_it_was_to_replace(images, tmp_path):
 def test_codes_do_not_take_the_place_of_the_images_they_come_from(images):
     before = sorted(path.name for path in images.iterdir())
     with pytest.raises(FileExistsError, match="is where smalto extract reads from"):
-        extract(images, images, overwrite=True)
+        extract(images, images, crops="center", overwrite=True)
     assert sorted(path.name for path in images.iterdir()) == before
 
 
