@@ -85,7 +85,7 @@ def test_what_can_be_meant_one_way_is_put_right(verb, given, value):
         ("train", "run_name=1.5", "run_name is 1.5, a text is needed; put it in quotes"),
         ("train", "task.optimizer.lr=inf", "task.optimizer.lr is inf, must be 0 or more, and finite"),
         ("sample", "+num_image=2", "smalto sample has no option num_image; did you mean num_images?"),
-        ("sample", "++foo.bar=2", "smalto sample has no option foo.bar; smalto sample --cfg job shows"),
+        ("train", "++trainr.max_steps=2", "smalto train has no option trainr.max_steps; did you mean trainer?"),
         ("evaluate", "num_samples=[]", "num_samples is [], must be one or more numbers, or null"),
         ("evaluate", "guidance_scales=[]", "guidance_scales is [], must be one or more"),
         ("evaluate", "protocol=null", "protocol is needed"),
@@ -207,6 +207,8 @@ def test_null_takes_a_group_away_as_the_configs_show_it():
 
 def test_what_is_added_for_others_to_refer_to_is_no_mistake():
     assert compose("train", ["run_dir=x", "+my=8", "data.batch_size=${my}"]).data.batch_size == 8
+    assert compose("train", ["run_dir=x", "+origin=a-letter"]).origin == "a-letter"
+    assert compose("plan", ["run_dir=x", "+devices.mine={a: 1}"]).devices.mine == {"a": 1}
     assert compose("train", ["run_dir=x", "+trainer.fast_dev_run=true"]).trainer.fast_dev_run is True
 
 

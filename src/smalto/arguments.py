@@ -59,7 +59,9 @@ def fit(arguments: Sequence[str], *, groups: Collection[str]) -> list[str]:
 
 
 def check_added(arguments: Sequence[str], *, verb: str, known: Collection[str]) -> None:
-    """What is put into a config beside all that the verb reads would be taken without a word, and do nothing.
+    """An option that is misspelled with a + would be put beside the one that is meant, and do nothing.
+
+    One that is like no other is a note of the user's: it is kept with the config.
 
     Args:
         arguments: as they were typed.
@@ -67,18 +69,15 @@ def check_added(arguments: Sequence[str], *, verb: str, known: Collection[str]) 
         known: names at the root of its config, those of groups among them.
 
     Raises:
-        InputError: there is such an option.
+        InputError: there is one.
     """
     for argument in arguments:
         key, equals, _ = argument.lstrip("+").partition("=")
         root = re.split(r"[.@/]", key)[0]
         used = any(re.search(rf"\$\{{{re.escape(root)}\b", each) for each in arguments)
-        if argument.startswith("+") and equals and root and root not in known and not used:
-            close = difflib.get_close_matches(root, known, n=1)
-            raise InputError(
-                f"smalto {verb} has no option {key}"
-                + (f"; did you mean {close[0]}?" if close else f"; smalto {verb} --cfg job shows all there are")
-            )
+        close = difflib.get_close_matches(root, known, n=1)
+        if argument.startswith("+") and equals and root not in known and close and not used:
+            raise InputError(f"smalto {verb} has no option {key}; did you mean {close[0]}?")
 
 
 def quoted(argument: str, *, sweeps: bool = False, groups: Collection[str] = ()) -> str:

@@ -128,7 +128,7 @@ def fitted_arguments(arguments: list[str], verb: str) -> list[str]:
     """What was typed after a verb, as Hydra wants it."""
     groups = config_groups()
     roots = {key.partition(".")[0] for key in root_kinds(verb, Path(conf_dir()))}
-    check_added(arguments, verb=verb, known=groups | roots | {"hydra", "engine", "kind"})
+    check_added(arguments, verb=verb, known=groups | roots | {"hydra", "engine", "kind", "devices"})
     return fit(arguments, groups=groups)
 
 

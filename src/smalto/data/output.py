@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from smalto.data.output_plan import DONE, LOCK, PARTS, PLAN, SAMPLES, SHARD, Plan, written_under
+from smalto.data.output_plan import DONE, LOCK, PARTS, PLAN, SAMPLES, SHARD, Plan, differences, written_under
 from smalto.data.shards import CODES, META, VERSION
 from smalto.errors import REASONS, PathInUse, StorageError
 from smalto.files import FileLock, write_bytes, write_json
@@ -262,7 +262,7 @@ class OutputFolder:
     def _changed(self, plan: Plan) -> list[str]:
         """What differs from the settings of ``plan``."""
         old, new = self._earlier(plan.settings), self._plan.settings
-        changed = _differences(old, new)
+        changed = differences(old, new)
         if plan.format != self._plan.format:
             changed.insert(0, f"format: {plan.format} there, {self._plan.format} now")
         return changed
@@ -293,22 +293,6 @@ class OutputFolder:
                 self.done[name] = shard
         write_bytes(self.path / DONE, "".join(json.dumps(s) + "\n" for s in self.done.values()).encode())
         log.info("%s: continuing, %d shards were finished", self.path, len(self.done))
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """``key: OLD there, NEW now`` of every setting that differs; one file or folder may be written in several ways."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = {**old, **new}
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
-    same = old == new or (isinstance(old, str) and isinstance(new, str) and _is_one_path(old, new))
-    return [] if same else [f"{prefix[:-1]}: {old} there, {new} now"]
-
-
-def _is_one_path(old: str, new: str) -> bool:
-    try:
-        return os.path.samefile(old, new)
-    except (OSError, ValueError):  # one of them is no path
-        return False
 
 
 _REASONS = REASONS | dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write")
