@@ -188,7 +188,7 @@ def test_sharded_folders(tmp_path, content):
 
 
 @pytest.mark.slow
-def test_comparing_costs_a_twentieth_of_loading(tmp_path):
+def test_what_comparing_costs(tmp_path):
     """Of a generator of the paper's smallest size, from the page cache, the least of five each, in turn."""
     node = GPT_NODE | {"dim": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 16384, "code_shape": [[16, 16]]}
     path = saved(tmp_path / "b.ckpt", gpt_checkpoint(factory(node, "gpt", where="x")(), tokenizer_config=None))
@@ -202,4 +202,4 @@ def test_comparing_costs_a_twentieth_of_loading(tmp_path):
             load_task(path, verify=verify)
             found.append(time.perf_counter() - began)
     cost = min(seconds[True]) / min(seconds[False]) - 1
-    assert cost < 0.5, f"{cost:.0%}"  # a broken implementation; what it is on a quiet machine stands in the report
+    assert cost < 0.25, f"{cost:.0%}"  # on a machine that has other things to do; a quiet one: 0.05

@@ -8,13 +8,13 @@ import json
 import math
 import re
 import struct
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from smalto.errors import InputError, MissingFile
 from smalto.files import replacing
@@ -62,7 +62,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         checksums = []
         for name in names:
             data = tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data
-            checksums.append(f"{zlib.crc32(data):08x}")
+            checksums.append(f"{crc32(data):08x}")
             file.write(data)
         header["__metadata__"][CHECKSUMS] = "".join(checksums)  # as long as it was
         file.seek(0)

@@ -1,18 +1,22 @@
 """Files of ``torch.save``, read without running anything that they bring along and written at once."""
 
 import argparse
+import io
+import os
 import pickle
 import pickletools
 import re
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, cast
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from smalto.errors import InputError, MissingFile
 from smalto.files import replacing
@@ -43,6 +47,11 @@ KNOWN_TO_PICKLES = re.compile(
 """All that a checkpoint may name. Torch's own list is longer: it has what makes objects of any size from a number."""
 PICKLES_OF_OLD_FILES = 5
 """Magic number, protocol, system, content, keys of the storages."""
+
+THREADS = 8
+"""At most, for checksums; main memory is read no faster by more."""
+LOCAL_HEADER = struct.Struct("<26xHH")
+"""Of a part of a zip archive: lengths of its name and of what follows that, at the end of the fixed bytes."""
 
 NOT_TORCH = (
     (b"PK", "a truncated zip archive"),
@@ -97,7 +106,7 @@ def is_archive(path: Path) -> bool:
         return False
 
 
-def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) -> None:
+def check_archive(source: Path | io.BytesIO, size: int, *, verify: bool = False) -> None:
     """Refuse what is packed, as a small file could then hold any amount, and pickles that name what they may not.
 
     Args:
@@ -119,9 +128,28 @@ def check_archive(source: Path | IO[bytes], size: int, *, verify: bool = False) 
                 with archive.open(entry) as file:
                     _check_names(file)
                     file.read()  # at the end the checksum is compared
-        damaged = archive.testzip() if verify else None
-        if damaged:
-            raise BadZipFile(f"the checksum of {damaged} differs")
+    damaged = _damaged_part(source, entries) if verify else None
+    if damaged:
+        raise BadZipFile(f"the checksum of {damaged} differs")
+
+
+def _damaged_part(source: Path | io.BytesIO, entries: list[ZipInfo]) -> str | None:
+    """As :meth:`zipfile.ZipFile.testzip` of parts that are not packed, several times faster."""
+    if isinstance(source, Path):
+        with source.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return _damaged_entry(content, entries)
+    return _damaged_entry(source.getbuffer(), entries)
+
+
+def _damaged_entry(content: mmap | memoryview, entries: list[ZipInfo]) -> str | None:
+    def differs(entry: ZipInfo) -> bool:
+        name, extra = LOCAL_HEADER.unpack_from(content, entry.header_offset)
+        begin = entry.header_offset + LOCAL_HEADER.size + name + extra
+        with memoryview(content) as whole, whole[begin : begin + entry.file_size] as part:
+            return crc32(part) != entry.CRC
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return next((e.filename for e, wrong in zip(entries, pool.map(differs, entries), strict=True) if wrong), None)
 
 
 def _check_pickles(path: Path) -> None:
