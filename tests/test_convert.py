@@ -321,6 +321,11 @@ def test_a_generators_resolution_cannot_be_changed(tmp_path, gpt_file, tokenizer
     run(gpt_file, tmp_path / "x.ckpt", *GPT[:2], f"tokenizer_ckpt={tokenizer_file}")
     with pytest.raises(ValueError, match=r"image_size is 32, .* writes 8 x 8 codes of 2 px, which is 16"):
         run(tmp_path / "x.ckpt", tmp_path / "y.ckpt", "image_size=32")
+    run(gpt_file, tmp_path / "alone.ckpt", *GPT)  # without a tokenizer inside, its record says the size
+    for wrong in ("image_size=384", "downsample_factor=16"):
+        with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} is {wrong.partition('=')[2]}, "):
+            run(tmp_path / "alone.ckpt", tmp_path / "y.ckpt", wrong)
+    assert not (tmp_path / "y.ckpt").exists()
 
 
 def test_the_config_of_a_file_builds_nothing_but_smalto(tmp_path, tokenizer_file):

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
@@ -69,7 +72,7 @@ def chained(error: BaseException, cause: BaseException) -> BaseException:
         (lambda: build({"_target_": "test_endings.Bilt"}), "Error locating target 'test_endings.Bilt'"),
         (lambda: build({"_target_": "lightning.pytorch.Trainer", "strategy": "magic"}), "strategy='magic'"),
         (lambda: OmegaConf.create({"a": "${b}"}).a, "Interpolation key 'b' not found"),
-        (lambda: OmegaConf.create({"a": "???"}).a, "Missing mandatory value: a"),
+        (lambda: OmegaConf.create({"a": "???"}).a, "a is needed: a=VALUE"),
         (lambda: list(DataLoader(Items(), num_workers=1)), "shard.tar is damaged; restore it"),
         (lambda: Path("/proc/version/x").read_text(), "a part of the path is no folder: /proc/version/x"),
         (lambda: bytearray(1 << 60), "not enough memory"),
@@ -120,6 +123,23 @@ def test_what_the_machine_refuses_is_no_bug(error, said):
 def test_anything_else_is_a_bug(error):
     assert ending(error).code == BUG
     assert type(error).__name__ in ending(error).message or isinstance(error, InstantiationException)
+
+
+def test_what_hydra_cannot_read_is_told_without_its_own_words():
+    def unread(argument: str) -> str:
+        return ending(raised(lambda: hydra_compose(overrides=["+a={b: 1}", argument]))).message
+
+    GlobalHydra.instance().clear()
+    with initialize(None, version_base="1.3"):
+        for argument, said in (
+            ("\u00fc=3", "\u00fc=3 cannot be read; letters like these belong into quotes: 'key=\"value\"'"),
+            (
+                "a.c=3",
+                "there is no option a.c; --cfg job shows all there are; if the default does not show it: +a.c=VALUE",
+            ),
+            ("c=3", "there is no option c; --cfg job shows all there are"),
+        ):
+            assert unread(argument) == said
 
 
 def test_interrupts_are_found_below_what_libraries_make_of_them():

@@ -200,6 +200,13 @@ def test_a_refused_job_keeps_what_it_was_to_replace(images, tmp_path):
     assert extract(images, tmp_path / "out", crops="center")["status"] == "reused"
 
 
+def test_codes_do_not_take_the_place_of_the_images_they_come_from(images):
+    before = sorted(path.name for path in images.iterdir())
+    with pytest.raises(FileExistsError, match="is where smalto extract reads from"):
+        extract(images, images, crops="center", overwrite=True)
+    assert sorted(path.name for path in images.iterdir()) == before
+
+
 def test_running_again_reuses(images, tmp_path):
     extract(images, tmp_path, crop_range=[1.25])
     Averages.calls = 0

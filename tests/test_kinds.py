@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from smalto.arguments import fit, quoted
+from smalto.endings import REFUSED, ending
 from smalto.errors import InputError
 from smalto.fitting import Misfit, fitted
 from smalto.kinds import OPTIONAL, root_kinds
@@ -48,10 +49,14 @@ REQUIRED = {
         ("train", "trainer.devices=2.0", 2),
         ("train", "callbacks.generation.num_samples=[500.0]", [500]),
         ("train", "run_name=7", "7"),
+        ("train", "+trainer.max_time=5", "5"),  # a text, of which Lightning says what is wrong; no duration
+        ("sample", "num_images=\u0663", 3),  # digits are digits
+        ("train", "name=gr\u00f6\u00dfe", "gr\u00f6\u00dfe"),
+        ("sample", "labels=[Bag, gr\u00f6\u00dfe 3,\u56f3]", ["Bag", "gr\u00f6\u00dfe 3", "\u56f3"]),
     ],
 )
 def test_what_can_be_meant_one_way_is_put_right(verb, given, value):
-    found = OmegaConf.select(compose(verb, [*REQUIRED[verb], given]), given.partition("=")[0])
+    found = OmegaConf.select(compose(verb, [*REQUIRED[verb], given]), given.lstrip("+").partition("=")[0])
     assert found == value
     assert repr(found) == repr(value)  # 8.0 == 8
 
@@ -78,6 +83,19 @@ def test_what_can_be_meant_one_way_is_put_right(verb, given, value):
         ("sample", "~device", "device is needed; ~device takes it away"),
         ("sample", "out=", "out is empty, a path is needed"),
         ("train", "run_name=1.5", "run_name is 1.5, a text is needed; put it in quotes"),
+        ("train", "task.optimizer.lr=inf", "task.optimizer.lr is inf, must be 0 or more, and finite"),
+        ("sample", "+num_image=2", "smalto sample has no option num_image; did you mean num_images?"),
+        ("train", "++trainr.max_steps=2", "smalto train has no option trainr.max_steps; did you mean trainer?"),
+        ("evaluate", "num_samples=[]", "num_samples is [], must be one or more numbers, or null"),
+        ("evaluate", "guidance_scales=[]", "guidance_scales is [], must be one or more"),
+        ("evaluate", "protocol=null", "protocol is needed"),
+        ("sample", "engine=null", "engine is needed"),
+        ("sample", "~sampling", "sampling is needed"),
+        ("sample", "sampling=null", "sampling is needed"),
+        ("train", "~trainer", "trainer is needed"),
+        ("train", "task=null", "task is needed"),
+        ("train", "hydra.run.dir=", "hydra.run.dir is empty, a path is needed"),
+        ("train", "hydra.run.dir=''", "hydra.run.dir is empty, a path is needed"),
     ],
 )
 def test_anything_else_is_refused_by_the_name_of_the_option(verb, given, said):
@@ -179,3 +197,23 @@ def test_a_tilde_in_a_file_of_settings_is_one_too(monkeypatch, tmp_path):
     config.ckpt = "~/last.ckpt"
     check(config, "sample")
     assert config.ckpt == f"{tmp_path}/last.ckpt"
+
+
+def test_null_takes_a_group_away_as_the_configs_show_it():
+    config = compose("train", ["run_dir=x", "experiment=null", "ablation=null", "logger=null"])
+    assert "logger" not in config
+    assert config.trainer.max_steps
+
+
+def test_what_is_added_for_others_to_refer_to_is_no_mistake():
+    assert compose("train", ["run_dir=x", "+my=8", "data.batch_size=${my}"]).data.batch_size == 8
+    assert compose("train", ["run_dir=x", "+origin=a-letter"]).origin == "a-letter"
+    assert compose("plan", ["run_dir=x", "+devices.mine={a: 1}"]).devices.mine == {"a": 1}
+    assert compose("train", ["run_dir=x", "+trainer.fast_dev_run=true"]).trainer.fast_dev_run is True
+
+
+def test_outputs_need_a_name(monkeypatch):
+    monkeypatch.setenv("SMALTO_OUTPUTS", "")
+    with pytest.raises(Exception, match="SMALTO_OUTPUTS is empty") as error:
+        _ = compose("train", ["run_dir=x"]).paths.outputs
+    assert ending(error.value).code == REFUSED

@@ -171,6 +171,8 @@ def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no image of the source could be used"):
         prepare(Squares(3, bad=[0, 1, 2]), tmp_path, max_rejected=9)
     assert not (tmp_path / "meta.json").exists()
+    assert (tmp_path / "rejected.jsonl").exists()
+    assert prepare(Squares(3), tmp_path, max_rejected=9, seed=5)["num_train"], "what left nothing is in nobody's way"
 
 
 def test_labels_outside_the_classes_are_an_error(tmp_path):

@@ -197,6 +197,17 @@ def test_ckpt_path_last_is_the_newest_of_the_run(tmp_path):
     assert train.run(config(tmp_path / "run", "ckpt_path=last"))["val/loss"] == first["val/loss"]
 
 
+def test_a_checkpoint_of_another_model_is_refused_in_a_line(tmp_path):
+    train.run(config(tmp_path / "run"))
+    other = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    with pytest.raises(InputError, match=r"last.ckpt does not fit the model of this command: size mismatch for net"):
+        train.run(config(tmp_path / "wider", other, "model.dim=64"))
+    options = ["task=tokenizer", "data=synthetic_images", "tokenizer=demo", "callbacks=none", "logger=none"]
+    tokenizer = compose("train", [*options, "image_size=32", other, f"run_dir={tmp_path}/tokenizer"])
+    with pytest.raises(InputError, match=r"last.ckpt holds a gpt, a tokenizer is needed here"):
+        train.run(tokenizer)
+
+
 def test_resuming_by_the_run_folders_own_config(tmp_path):
     from omegaconf import OmegaConf
 

@@ -130,7 +130,14 @@ def apply_hints(weights: Weights, tokenizer: Weights | None, config: DictConfig,
             f"downsample_factor is {factor}, the tokenizer inside {source} has {downsample_factor(carried)}; "
             "leave it out"
         )
-    side = net["code_shape"][0][0]
+    side, said = net["code_shape"][0][0], weights.config.get("image_size")
+    if not carried and said:
+        if factor not in (None, said // side):
+            raise InputError(
+                f"downsample_factor is {factor}, {source} was trained on {side} x {side} codes of images of {said} px; "
+                "leave it out"
+            )
+        factor = said // side
     if config.image_size is not None and factor is not None and config.image_size != side * factor:
         raise InputError(
             f"image_size is {config.image_size}, {source} writes {side} x {side} codes of {factor} px, which is "

@@ -147,8 +147,18 @@ def _told_by_libraries(error: BaseException) -> str | None:
             file = getattr(error, "missing_cfg_file", None)
             return f"there is no {file}; choose one of {', '.join(each for each in options if each[0] != '_')}"
         cause = error.__cause__
+        if str(error).startswith("LexerNoViableAltException: "):
+            given = str(error).splitlines()[0].partition(": ")[2]
+            return f"{given} cannot be read; letters like these belong into quotes: 'key=\"value\"'"
+        unknown = re.match(r"Could not override '([^']+)'", str(error))
+        if unknown and "not in struct" in str(cause):
+            hidden = f"; if the default does not show it: +{unknown[1]}=VALUE" if "." in unknown[1] else ""
+            return f"there is no option {unknown[1]}; --cfg job shows all there are{hidden}"
         inner = "OmegaConfBaseException" in {kind.__name__ for kind in type(cause).__mro__}
         return _joined(str(error), str(cause) if inner else "")
+    if kinds.get("MissingMandatoryValue") == "omegaconf":
+        key = getattr(error, "full_key", None) or "an option"
+        return f"{key} is needed: {key}=VALUE"
     if kinds.get("OmegaConfBaseException") == "omegaconf":
         # Those two are what config.no_such_key raises in our own code.
         return None if kinds.keys() & {"ConfigAttributeError", "ConfigKeyError"} else _joined(str(error))

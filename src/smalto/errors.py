@@ -53,6 +53,7 @@ REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "links that lead round in a circle",
     errno.ENOTDIR: "a part of the path is no folder",
+    errno.EISDIR: "a folder is where a file should be",
     errno.EEXIST: "something else is in the way",
 }
 """What the system means by the errors that no program can help: full disks, rights, limits, impossible paths."""

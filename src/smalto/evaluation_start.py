@@ -28,7 +28,7 @@ class Networks:
 
     def __init__(self, config: DictConfig, job: Job) -> None:
         self.features: FeatureExtractor = build(config.features).to(job.device)
-        wanted = config.perceptual and job.kind == "reconstruction" and not is_reference_alone(job)
+        wanted = config.get("perceptual") and job.kind == "reconstruction" and not is_reference_alone(job)
         self.perceptual = build(config.perceptual)().to(job.device).eval() if wanted else None
 
 

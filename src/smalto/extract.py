@@ -169,6 +169,7 @@ def extract_codes(
         settings=settings,
         command="smalto extract",
         overwrite=overwrite,
+        reads=[data, *([text] if text else [])],
         helper=not ranks.first,
     )
     with ranks, _opened_by_the_first(folder, ranks) as finished:

@@ -5,7 +5,6 @@ import pathlib
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 
@@ -127,7 +126,7 @@ def _is_object(kind: Any) -> bool:
         return True
     if kind is Any or not isinstance(kind, type):
         return False
-    return kind.__module__ != "builtins" and not issubclass(kind, (pathlib.PurePath, timedelta))
+    return kind.__module__ != "builtins" and not issubclass(kind, pathlib.PurePath)
 
 
 def is_plain(kind: Any) -> bool:

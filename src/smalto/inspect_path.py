@@ -76,7 +76,7 @@ def run(config: DictConfig) -> Facts:
     if picture is not None:
         out = Path(config.picture or f"{config.paths.outputs}/inspect/{path.resolve().name}.png")
         out.parent.mkdir(parents=True, exist_ok=True)
-        image_sheet(picture, columns=config.columns).save(out)
+        image_sheet(picture, columns=config.columns).save(out, format="PNG")
         facts["picture"] = str(out)
     show(facts, title=f"{path}")
     if problems:

@@ -6,6 +6,7 @@ are 8, ``'1e-3'`` is a number, one label is a list of one); all else is refused 
 """
 
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -37,6 +38,17 @@ OPTIONAL: dict[str, Any] = {
 """Kinds of options at the root of a verb's config whose default is null or missing."""
 
 
+NEEDED = {
+    "prepare": ("source",),
+    "train": ("trainer", "task", "data"),
+    "plan": ("trainer", "task", "data"),
+    "extract": ("data",),
+    "sample": ("sampling", "engine"),
+    "evaluate": ("sampling", "engine", "features", "protocol.rules"),
+}
+"""Nodes that a verb cannot do without."""
+
+
 class Range(typing.NamedTuple):
     """Values that an option may have."""
 
@@ -46,6 +58,7 @@ class Range(typing.NamedTuple):
 
 _AT_LEAST_0 = Range(lambda value: value >= 0, "0 or more")
 _AT_LEAST_1 = Range(lambda value: value >= 1, "1 or more")
+_FINITE = Range(lambda value: 0 <= value < math.inf, "0 or more, and finite")
 _POSITIVE = Range(lambda value: value > 0, "more than 0")
 _OR_MINUS_1 = Range(lambda value: value >= -1, "-1 (no limit) or more")
 RANGES = {
@@ -54,7 +67,7 @@ RANGES = {
     r"trainer\.(num_nodes|accumulate_grad_batches|check_val_every_n_epoch)": _AT_LEAST_1,
     r"(.+\.)?num_workers|workers|max_rejected": _AT_LEAST_0,
     r"trainer\.(log_every_n_steps|limit_\w+_batches|gradient_clip_val)": _AT_LEAST_0,
-    r"task\.optimizer\.(lr|eps|weight_decay)": _AT_LEAST_0,
+    r"task\.optimizer\.(lr|eps|weight_decay)": _FINITE,
     r"task\.optimizer\.betas": Range(lambda value: all(0 <= each < 1 for each in value), "from 0 to below 1 each"),
     r"model\.(dim|num_layers|num_heads|num_kv_heads|ffn_multiple_of)": _AT_LEAST_1,
     r"(.+\.)?(base_channels|norm_groups|z_channels)": _AT_LEAST_1,
@@ -63,6 +76,9 @@ RANGES = {
         lambda value: value and min(value) >= 1, "one or more numbers of 1 or more"
     ),
     r"(.+\.)?(\w*dropout|drop_path|\w+_prob)": Range(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    r"guidance_scales|top_ks|top_ps|temperatures|crop_range|num_samples": Range(
+        lambda value: value != [], "one or more numbers, or null"
+    ),
     r"trainer\.val_check_interval": _POSITIVE,
     r"trainer\.(max_steps|max_epochs|num_sanity_val_steps)": _OR_MINUS_1,
 }
@@ -82,6 +98,11 @@ def check_kinds(config: DictConfig, *, verb: str, folder: Path) -> None:
     """
     kinds, present = root_kinds(verb, folder), set(config.keys())  # `in` would say no of what is missing
     problems = [f"{key} is needed; ~{key} takes it away" for key in kinds if "." not in key and key not in present]
+    problems += [
+        "{0} is needed: {0}=CHOICE or a node of options, not ~{0} or null".format(key.partition(".")[0])
+        for key in NEEDED.get(verb, ())
+        if "_target_" not in (OmegaConf.select(config, key) or {})
+    ]
     problems += _walk(config, "", kinds)
     if problems:
         raise InputError("; ".join(problems))

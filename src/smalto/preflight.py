@@ -22,7 +22,7 @@ def preflight(plain: dict[str, Any]) -> None:
     Raises:
         ValueError: something is missing: for each what, the rule, and a command that helps.
     """
-    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain), *classes(plain))]
+    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain))]
     if problems:
         raise InputError("\n\n".join(problems))
 

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_QUALITY = {"jpg": 95, "png": -1, "webp": 0}  # above, png and webp cost much time for little size
 
+READS = ("path", "images", "labels", "val_images", "val_labels", "metadata")
+"""Options of sources that name files and folders."""
+
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Prepare what ``config`` (conf/prepare.yaml) asks for; the summary of ``prepare_images``."""
@@ -112,7 +115,14 @@ def prepare_images(
         "seed": seed,
         "shard_size": shard_size,
     }
-    folder = OutputFolder(out, format=IMAGES, settings=settings, command="smalto prepare", overwrite=overwrite)
+    folder = OutputFolder(
+        out,
+        format=IMAGES,
+        settings=settings,
+        command="smalto prepare",
+        overwrite=overwrite,
+        reads=[value for key, value in description.items() if key in READS and value and "://" not in str(value)],
+    )
     with folder:
         if folder.finished is not None:
             return _summary(folder, "reused")

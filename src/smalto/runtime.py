@@ -24,11 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from smalto import __version__
-from smalto.arguments import expanded, fit
+from smalto.arguments import check_added, expanded, fit
 from smalto.data.ranks import leads
 from smalto.endings import FULL, told
 from smalto.errors import InputError, printable
-from smalto.kinds import check_kinds
+from smalto.kinds import check_kinds, root_kinds
 from smalto.signals import begin_work
 from smalto.sweeps.jobs import run_job
 from smalto.sweeps.names import current_job_name
@@ -57,6 +57,8 @@ def raster_shape(image_size: int, channel_multipliers: list[int]) -> ListConfig:
 
 def absolute_path(path: str) -> str:
     """Of SMALTO_OUTPUTS; ``~`` as in a shell."""
+    if not path:
+        raise InputError("SMALTO_OUTPUTS is empty; unset it, or name a folder")
     return os.path.abspath(expanded("SMALTO_OUTPUTS", path))
 
 
@@ -113,13 +115,21 @@ def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
     mark_launch()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        given = fit(overrides or [], groups=config_groups())
+        given = fitted_arguments(overrides or [], name)
         config = hydra.compose(name, given, return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # what ${hydra:runtime.choices...} resolves from
     with open_dict(config):
         del config.hydra
     check(config, name)
     return config
+
+
+def fitted_arguments(arguments: list[str], verb: str) -> list[str]:
+    """What was typed after a verb, as Hydra wants it."""
+    groups = config_groups()
+    roots = {key.partition(".")[0] for key in root_kinds(verb, Path(conf_dir()))}
+    check_added(arguments, verb=verb, known=groups | roots | {"hydra", "engine", "kind", "devices"})
+    return fit(arguments, groups=groups)
 
 
 def check(config: DictConfig, verb: str) -> None:
@@ -191,7 +201,7 @@ def hydra_main(verb: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[]
             task = Command(verb, function)
             # Hydra would print its own errors; with this it leaves them to us.
             with told(verb), environment(FULL, "1"), reported(task.module):
-                sys.argv[1:] = fit(sys.argv[1:], groups=config_groups())
+                sys.argv[1:] = fitted_arguments(sys.argv[1:], verb)
                 hydra.main(version_base="1.3", config_path=conf_dir(), config_name=verb)(task)()
 
         command.verb = verb  # type: ignore[attr-defined]

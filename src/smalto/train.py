@@ -28,6 +28,7 @@ from smalto.preflight import preflight
 from smalto.redact import redacted
 from smalto.runtime import build, hydra_main, setup_logging
 from smalto.sweeps.names import PARENT
+from smalto.tasks.checkpoint import read_checkpoint
 from smalto.tasks.strategy import AnyCheckpoint
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
         # With overwrite, the first of several processes is about to remove what others may still see.
         checkpoint = None if plain["overwrite"] else checkpoint_to_continue(folder / "checkpoints", verify=task.verify)
         verified = checkpoint is not None and checkpoint.is_file()  # of a folder each process proves what it reads
+    elif checkpoint:
+        read_checkpoint(checkpoint, kind=plain["kind"], verify=False)
     claim_folder(folder, plain)
     callbacks = [build(node) for node in chosen(config.get("callbacks"))]
     validation = Validation(folder)
@@ -96,6 +99,11 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
     try:
         with RankWatch(trainer, folder):
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise InputError(f"{checkpoint} does not fit the model of this command: {' '.join(lines)}") from error
     except SystemExit:  # Lightning's answer to Ctrl-C, after saving a checkpoint
         raise KeyboardInterrupt from None
     metrics = {key: value for saver in savers for key, value in saver.metrics.items()}

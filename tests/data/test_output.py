@@ -81,6 +81,19 @@ def test_other_settings_are_refused_by_name(tmp_path, finish):
         pass
 
 
+def test_one_path_written_in_two_ways_is_no_other_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "others").mkdir()
+    with begun("d", source={"path": "pictures", "classes": None}) as job:
+        shard(job, "train-00000.tar")
+    for same in ("pictures/", str(tmp_path / "pictures"), "./others/../pictures"):
+        with begun(tmp_path / "d", source={"path": same, "classes": None}) as job:
+            assert list(job.done) == ["train-00000.tar"]
+    with pytest.raises(FileExistsError, match=r"\(source.path: .*pictures there, others now\)"):
+        folder("d", source={"path": "others", "classes": None}).__enter__()
+
+
 def test_overwrite_removes_ours_and_nothing_else(tmp_path):
     with begun(tmp_path, size=1) as job:
         shard(job, "train-00000.tar")
@@ -195,3 +208,16 @@ def _runs(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("read", ["", "images", "train-*.tar"])
+def test_what_a_job_reads_is_never_taken_for_its_result(tmp_path, read):
+    with begun(tmp_path, size=1) as job:
+        shard(job, "train-00000.tar")
+        job.finish({"splits": {}})
+    job = OutputFolder(
+        tmp_path / "x/..", format="smalto-codes", settings={}, command="c", overwrite=True, reads=[tmp_path / read]
+    )
+    with pytest.raises(FileExistsError, match="is where c reads from"):
+        job.__enter__()
+    assert (tmp_path / "train-00000.tar").exists()

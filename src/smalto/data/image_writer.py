@@ -97,6 +97,7 @@ class ImageWriter:
         labelled = sum(record["labelled"] for record in records)
         largest = max((record["max_label"] for record in records), default=-1)
         if num_images == 0:
+            self._folder.discard()
             raise InputError(
                 f"no image of the source could be used ({len(self._rejected)} rejected"
                 + (f"; the first: {self._rejected[0]['name']}: {self._rejected[0]['reason']}" if self._rejected else "")

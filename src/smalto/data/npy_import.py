@@ -76,7 +76,14 @@ def import_codes(
         "block_size": block_size,
         "shard_size": shard_size,
     }
-    folder = OutputFolder(out, format=CODES, settings=settings, command="smalto extract", overwrite=overwrite)
+    folder = OutputFolder(
+        out,
+        format=CODES,
+        settings=settings,
+        command="smalto extract",
+        overwrite=overwrite,
+        reads=list(sources.values()),
+    )
     with folder:
         if folder.finished is not None:
             return codes_summary(folder, "reused", names)

@@ -9,13 +9,13 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from smalto.data.output_plan import DONE, LOCK, PARTS, PLAN, SAMPLES, SHARD, Plan, written_under
+from smalto.data.output_plan import DONE, LOCK, PARTS, PLAN, SAMPLES, SHARD, Plan, differences, written_under
 from smalto.data.shards import CODES, META, VERSION
 from smalto.errors import REASONS, PathInUse, StorageError
 from smalto.files import FileLock, write_bytes, write_json
@@ -38,6 +38,7 @@ class OutputFolder:
         command: verb and main words, for messages: ``smalto prepare``.
         overwrite: remove what an earlier job made here, finished or not; files of others stay.
         helper: a process that works for the one that has the folder open: only ``path`` counts.
+        reads: files and folders that the job reads; what is inside ``path`` would be removed as an earlier result.
         earlier: settings that an older version wrote to what this one would write.
 
     Attributes:
@@ -58,12 +59,14 @@ class OutputFolder:
         command: str,
         overwrite: bool,
         helper: bool = False,
+        reads: Sequence[str | Path] = (),
         earlier: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings,
     ) -> None:
         self.path = Path(path)
         self._helper = helper
         self.finished: dict[str, Any] | None = None
         self.done: dict[str, dict[str, Any]] = {}
+        self._reads = reads
         self._command, self._overwrite, self._earlier = command, overwrite, earlier
         self._plan = Plan(format, json.loads(json.dumps(settings)))  # as it will be read back: tuples are lists
         self._lock: FileLock | None = None
@@ -76,6 +79,11 @@ class OutputFolder:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise PathInUse(f"{self.path} is a file; out= must be a folder")
+            inside = [path for path in self._reads if Path(path).resolve().is_relative_to(self.path.resolve())]
+            if inside:
+                raise PathInUse(
+                    f"out={self.path} is where {self._command} reads from ({inside[0]}); choose another out="
+                )
             if self._reuse():
                 return self
             self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
@@ -143,6 +151,13 @@ class OutputFolder:
             file.flush()
             os.fsync(file.fileno())
         self.done[shard["name"]] = shard
+
+    def discard(self) -> None:
+        """Remove results that hold nothing, so that the job may be begun with other settings."""
+        assert self._began
+        for path in (*self._plan.results(self.path), self.path / DONE):
+            path.unlink(missing_ok=True)
+        self.done.clear()
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Write meta.json: from here on the data set exists."""
@@ -247,7 +262,7 @@ class OutputFolder:
     def _changed(self, plan: Plan) -> list[str]:
         """What differs from the settings of ``plan``."""
         old, new = self._earlier(plan.settings), self._plan.settings
-        changed = [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+        changed = differences(old, new)
         if plan.format != self._plan.format:
             changed.insert(0, f"format: {plan.format} there, {self._plan.format} now")
         return changed

@@ -160,3 +160,19 @@ def written_under(temporary: str) -> list[str]:
         stem = temporary.removesuffix(_OLD_TEMPORARY)
         return [stem, stem + ".png", stem + ".npz"]
     return []
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``key: OLD there, NEW now`` of every setting that differs; one file or folder may be written in several ways."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    same = old == new or (isinstance(old, str) and isinstance(new, str) and _is_one_path(old, new))
+    return [] if same else [f"{prefix[:-1]}: {old} there, {new} now"]
+
+
+def _is_one_path(old: str, new: str) -> bool:
+    try:
+        return os.path.samefile(old, new)
+    except (OSError, ValueError):  # one of them is no path
+        return False

@@ -11,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
+from smalto.errors import UserError
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -27,7 +29,7 @@ def ordered_map(function: Callable[[In], Out], items: Iterable[In], *, workers: 
     pickled; processes are spawned, so that threads and locks of the parent do not come along.
 
     Raises:
-        RuntimeError: a worker was killed from outside.
+        UserError: a worker was killed from outside.
     """
     if workers == 0:
         yield from map(function, items)
@@ -43,7 +45,7 @@ def ordered_map(function: Callable[[In], Out], items: Iterable[In], *, workers: 
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process was killed, perhaps out of memory; try fewer workers=") from error
+        raise UserError("a worker process was killed, perhaps out of memory; try fewer workers=") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

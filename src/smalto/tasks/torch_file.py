@@ -73,7 +73,8 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        inside = "consolidated.pth" if (path / "consolidated.pth").exists() else "checkpoints/last.ckpt"
+        known = ("consolidated.pth", "last.ckpt", "checkpoints/last.ckpt")
+        inside = next((name for name in known if (path / name).exists()), known[-1])
         raise InputError(f"{path} is a folder, a checkpoint file is needed, for instance {path}/{inside}")
     if not path.exists():
         raise MissingFile(f"checkpoint {path} does not exist; train one with smalto train, or check the path")
