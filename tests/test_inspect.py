@@ -181,5 +181,5 @@ def test_codes_that_do_not_fit_the_tokenizer_they_name_are_not_decoded(changes, 
 
 
 def test_an_empty_path_is_said():
-    with pytest.raises(ValueError, match="path is empty; give a folder"):
+    with pytest.raises(ValueError, match="path is empty"):
         inspect_path.run(compose("inspect", ["path=''"]))

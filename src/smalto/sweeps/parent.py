@@ -1,6 +1,7 @@
 """The MLflow run that the runs of a sweep belong to."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class ParentRun:
             counts: jobs by status.
             table: of the jobs.
         """
-        self._recorder.add(measured({f"jobs/{key.replace(' ', '_')}": value for key, value in counts.items()}))
+        numbers = {f"jobs/{key.replace(' ', '_')}": value for key, value in counts.items()}
+        # A number is written once a step; a sweep that goes on counts its jobs anew.
+        self._recorder.add(measured(numbers, step=int(1000 * time.time())))
         self._recorder.add({"text": table, "file": "sweep.txt"})
         self._recorder.add(ended(status))
         self._recorder.close()
