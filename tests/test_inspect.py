@@ -140,7 +140,7 @@ def test_other_paths_are_explained(tmp_path, inspect):
         ("out=/tmp/für Ümit", "out='/tmp/für Ümit'"),
         ("out=/tmp/a=1/it's (new)", r"out='/tmp/a=1/it\'s (new)'"),
         ("out='/tmp/für'", "out='/tmp/für'"),
-        ("sweep=[a/b,c/ü]", "sweep=[a/b,c/ü]"),
+        ("sweep=[a/b,c/ü]", "sweep=[a/b,'c/ü']"),
         ("path=${paths.data}/ü", "path=${paths.data}/ü"),
         ("seed=1,2", "seed=1,2"),
         ("--help", "--help"),
@@ -161,5 +161,5 @@ def test_the_path_may_stand_alone(images, tmp_path):  # noqa: F811
 
 
 def test_an_empty_path_is_said():
-    with pytest.raises(ValueError, match="path is empty; give a folder"):
+    with pytest.raises(ValueError, match="path is empty"):
         inspect_path.run(compose("inspect", ["path=''"]))
