@@ -142,7 +142,7 @@ def test_other_paths_are_explained(tmp_path, inspect):
         ("out=/tmp/für Ümit", "out='/tmp/für Ümit'"),
         ("out=/tmp/a=1/it's (new)", r"out='/tmp/a=1/it\'s (new)'"),
         ("out='/tmp/für'", "out='/tmp/für'"),
-        ("sweep=[a/b,c/ü]", "sweep=[a/b,c/ü]"),
+        ("sweep=[a/b,c/ü]", "sweep=[a/b,'c/ü']"),
         ("path=${paths.data}/ü", "path=${paths.data}/ü"),
         ("seed=1,2", "seed=1,2"),
         ("--help", "--help"),
