@@ -47,7 +47,7 @@ class ParentRun:
             counts: jobs by status.
             table: of the jobs.
         """
-        numbers = {f"jobs/{key.replace(' ', '_')}": value for key, value in counts.items()}
+        numbers = {f"jobs/{key.replace(' ', '_')}": float(value) for key, value in counts.items()}
         # A number is written once a step; a sweep that goes on counts its jobs anew.
         self._recorder.add(measured(numbers, step=int(1000 * time.time())))
         self._recorder.add({"text": table, "file": "sweep.txt"})
