@@ -37,7 +37,7 @@ def meta_problems(meta: dict[str, Any]) -> list[str]:
         problems = [
             f"{key} is {_shown(meta[key])}, it must be {what}"
             for key, (fits, what) in _KINDS.items()
-            if key in meta and not fits(meta[key])
+            if key in meta and not fits(meta[key]) and (meta["format"] != IMAGES or key in _NEEDED[IMAGES])
         ]
         shards = [shard for split in meta["splits"].values() for shard in split["shards"]]
         if shards:
@@ -106,6 +106,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "images": (lambda v: _has(v, path=_is_text), "a path"),
     "text": (lambda v: v is None or _has(v, dim=lambda d: _whole(d, _WIDTH, 1)), "null, or a dim"),
 }
+"""Of what is used; images that were drawn say more of themselves."""
 _NEEDED = {
     IMAGES: ("num_classes", "classes", "image_size", "encoding"),
     CODES: ("num_classes", "classes", "codebook_size", "code_shape", "dtype", "crops", "tokenizer"),
