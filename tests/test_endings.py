@@ -261,7 +261,7 @@ def test_a_signal_at_any_time_leaves_one_line(tmp_path, number):
 
 def test_a_reader_that_leaves_is_no_error():
     smalto = f"{sys.executable} -m smalto"
-    for command in (f"{smalto} --help | true", f"{smalto} resume --help | true", f"{smalto} --help >&-"):
+    for command in (f"{smalto} --help | true", f"{smalto} --help >&-"):
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
 

@@ -158,6 +158,7 @@ def test_a_validation_that_was_finished_is_not_repeated(tmp_path, whole):
     assert result(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path, whole):
     for dies in (
         ("after", "on_train_batch_end", 2),

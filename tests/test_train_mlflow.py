@@ -61,7 +61,10 @@ def test_a_run_is_recorded_whole(tmp_path):
     assert not (tmp_path / "run" / WAITING).exists()
 
 
-@pytest.mark.parametrize("fault", ["absent", "no database", "locked"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("fault", ["absent", *(pytest.param(each, marks=SLOW) for each in ("no database", "locked"))])
 def test_a_store_that_cannot_be_used_costs_one_warning_and_is_written_later(tmp_path, capfd, monkeypatch, fault):
     uri = database(tmp_path)
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
@@ -136,7 +139,7 @@ def test_a_database_that_is_locked_in_the_middle_holds_up_nothing(tmp_path, monk
     assert not (tmp_path / "run" / WAITING).exists()
 
 
-@pytest.mark.parametrize("gone", ["run", "experiment", "nothing"])
+@pytest.mark.parametrize("gone", ["run", *(pytest.param(each, marks=SLOW) for each in ("experiment", "nothing"))])
 def test_a_run_that_was_deleted_in_mlflow_goes_on_as_a_new_one(tmp_path, monkeypatch, gone):
     uri = database(tmp_path)
     stopped_half_way(tmp_path, monkeypatch)

@@ -7,6 +7,7 @@ overwrite=true gives exactly its own, and files of others stay.
 import builtins
 import errno
 import io
+import itertools
 import os
 import re
 import shutil
@@ -157,9 +158,18 @@ def before(path, kind, state):
         (path / name).write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["kill", "full"])
-@pytest.mark.parametrize("state", ["new", "begun", "finished"])
-@pytest.mark.parametrize("kind", [SAMPLES, IMAGES, CODES])
+CASES = list(itertools.product([SAMPLES, IMAGES, CODES], ["new", "begun", "finished"], ["kill", "full"]))
+QUICK = [
+    (SAMPLES, "begun", "kill"),
+    (SAMPLES, "finished", "full"),
+    (IMAGES, "finished", "kill"),
+    (CODES, "new", "full"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "how"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
+)
 def test_a_fault_at_any_step_leaves_no_mixture_and_no_dead_end(tmp_path, monkeypatch, kind, state, how):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     foreign = {} if state == "new" else FOREIGN

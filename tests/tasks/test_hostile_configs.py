@@ -140,7 +140,10 @@ def test_a_value_anywhere_in_a_network_is_data(value):
             quiet(lambda role=role, hostile=hostile: shell(factory(hostile, role, where="x"), "x"), may_load=harmless)
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize(
+    "value",
+    [pytest.param(value, marks=() if place % 4 == 0 else pytest.mark.slow) for place, value in enumerate(VALUES)],
+)
 def test_a_value_in_a_checkpoint_is_data(tmp_path, good, value):
     content, task = good["gpt"], (CONFIG_KEY, "config", "task")
     for place in ((*task, "net", "conditioner"), (*task, "decode_batch_size")):
