@@ -157,6 +157,7 @@ def test_the_traceback_of_a_bug_goes_to_a_file_and_its_place_is_told(tmp_path, m
     monkeypatch.setenv("SMALTO_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("SMALTO_LAUNCHED_AT", "then")
     monkeypatch.delenv(endings.FULL, raising=False)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # runs of other tests have logs
     bug = raised(lambda: build(BUGGY))
     assert endings.report("sample", bug) == BUG
     said, log = capsys.readouterr().err, tmp_path / "logs/sample-then.log"

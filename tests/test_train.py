@@ -84,7 +84,10 @@ def flip(checkpoint):
     checkpoint.write_bytes(data.replace(largest, changed, 1))
 
 
-@pytest.mark.parametrize(("damage", "how"), [(cut, "truncated"), (flip, ".*the checksum of .*/data/.* differs")])
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    [pytest.param(cut, "truncated", marks=pytest.mark.slow), (flip, ".*the checksum of .*/data/.* differs")],
+)
 def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path, damage, how):
     first = train.run(config(tmp_path / "run", "callbacks.checkpoint.keep=0"))
     damage(tmp_path / "run/checkpoints/step_00000006.ckpt")

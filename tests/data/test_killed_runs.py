@@ -158,8 +158,17 @@ def whole(tmp_path_factory):
 
 
 # both have five batches an epoch: in an epoch, at its end, and after it; and in a checkpoint being written
-@pytest.mark.parametrize(("step", "saving"), [(4, False), (5, False), (9, False), (8, True)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "step", "saving"),
+    [
+        pytest.param(*case, marks=marks)
+        for marks, cases in (
+            ((), [(0, 4, False), (2, 5, False), (0, 9, False), (2, 8, True)]),
+            (pytest.mark.slow, [(2, 4, False), (0, 5, False), (2, 9, False), (0, 8, True)]),
+        )
+        for case in cases
+    ],
+)
 @pytest.mark.parametrize("task", ["tokenizer", "gpt"])
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, whole, task, workers, step, saving):
     make, data, expected, end = whole[task]
