@@ -73,8 +73,13 @@ def ending(error: BaseException) -> Ending:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error that says something, with its type."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = first_line(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(message: str) -> str:
+    """The first line of a message that says something."""
+    return next((line.strip() for line in message.splitlines() if line.strip()), "")
 
 
 @contextmanager

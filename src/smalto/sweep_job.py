@@ -17,11 +17,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.ranks import leads
-from smalto.endings import INTERRUPTED, TERMINATED, ending
+from smalto.endings import INTERRUPTED, TERMINATED, ending, first_line
 from smalto.files import alone_in
 from smalto.runtime import check, keep_freed_memory, setup_logging
 from smalto.signals import begin_work
-from smalto.sweeps.jobs import first_line, main_metric, read_record, write_record
+from smalto.sweeps.jobs import main_metric, read_record, write_record
 from smalto.sweeps.names import LAUNCHER_PID, WHOLE_CONFIG
 from smalto.sweeps.process import PATIENCE
 

@@ -15,6 +15,7 @@ from smalto.callbacks.checkpoint import (
     LatestCheckpoint,
     checkpoint_to_continue,
     discard_checkpoints,
+    gone,
     step_checkpoints,
 )
 from smalto.callbacks.mlflow_logger import MEMORY, WAITING, MLFlowLogger, deliver_waiting
@@ -22,7 +23,7 @@ from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
 from smalto.callbacks.validation import NOTE, Validation
 from smalto.data.ranks import leads
-from smalto.errors import InputError, StorageError
+from smalto.errors import InputError
 from smalto.files import alone_in, write_bytes
 from smalto.preflight import preflight
 from smalto.redact import redacted
@@ -116,7 +117,7 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
             metrics |= getattr(callback, "metrics", {})
     if trainer.is_global_zero:
         if not (folder / "config.yaml").exists():
-            raise StorageError(f"{folder} is gone: it was removed or moved away while the run was working there")
+            raise gone(folder)
         write_bytes(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from smalto.data.annotations import file_splits, given_names, read_labels
 from smalto.data.encode import Recipe
@@ -29,19 +28,7 @@ from smalto.data.sources import Folder
 from smalto.data.tar_members import tar_members
 from smalto.data.tar_stream import read_samples
 from smalto.errors import UserError
-
-
-def png(value: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (value,) * 3).save(file, "PNG")
-    return file.getvalue()
-
-
-def put(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png())
-    return folder
+from tiny_pictures import png, put
 
 
 def tar(path, members, form=tarfile.USTAR_FORMAT):

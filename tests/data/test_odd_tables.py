@@ -1,30 +1,16 @@
 """Tables, classes and text features as other people have them: misread, said in vain, or twice."""
 
-import io
 import logging
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from smalto.data.encode import Recipe
 from smalto.data.sources import Folder
 from smalto.data.text_blocks import read_features
 from smalto.errors import UserError
 from smalto.prepare import prepare_images
-
-
-def png(value: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (value,) * 3).save(file, "PNG")
-    return file.getvalue()
-
-
-def put(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png())
-    return folder
+from tiny_pictures import put
 
 
 def table(folder, text, name="t.csv"):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from smalto.nn.rope import apply_rope, axial_rope
 from smalto.sampling.alike import gated, gelu, norm, turned
+from torch_threads import on_threads
 
 TABLE = axial_rope((3, 4), 36, prefix=2, prefix_mode="identity")[4:9]
 FACTORS = torch.view_as_complex(TABLE).unsqueeze(1)
@@ -23,10 +24,7 @@ FUNCTIONS = {  # of rows (N, 180): ours, and what it stands for
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield from on_threads(request.param)
 
 
 @pytest.mark.usefixtures("threads")

@@ -11,6 +11,7 @@ from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.sampling.packed import packed_linear, resolve_dtype
 from smalto.types import SamplingConfig
+from torch_threads import on_threads
 
 SEEDS = torch.arange(21, 28)
 LABELS = torch.tensor([0, 3, 3, 9, 5, 1, 7])
@@ -95,10 +96,7 @@ def test_fewer_bits_stay_close(make_gpt, generator, dtype, tolerance, num_kv_hea
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """Kernels share work out by threads; what a row's result is must not depend on where it falls."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield from on_threads(request.param)
 
 
 @pytest.mark.usefixtures("threads")

@@ -141,7 +141,7 @@ class LatestCheckpoint(Checkpoint):
             return
         self._finish(trainer)
         if not trainer.strategy.broadcast(self.folder.is_dir()):  # writing would make it anew, and nothing else in it
-            raise StorageError(self._gone)
+            raise gone(self.folder)
         values = trainer.callback_metrics.items()
         self.metrics |= {key: float(value) for key, value in values if not key.startswith("val/")}
         path = self.folder / f"step_{step:08d}.ckpt"
@@ -190,10 +190,6 @@ class LatestCheckpoint(Checkpoint):
         """See :meth:`state_dict`."""
         self.metrics = state_dict["metrics"]
 
-    @property
-    def _gone(self) -> str:
-        return f"{self.folder} is gone: it was removed or moved away while the run was working there"
-
     @contextmanager
     def _told(self, path: Path) -> Iterator[None]:
         """Say in one message that ``path`` could not be written and what stays good."""
@@ -201,7 +197,7 @@ class LatestCheckpoint(Checkpoint):
             yield
         except OSError as error:
             if self._step > 0 and not self.folder.is_dir():
-                raise StorageError(self._gone) from error
+                raise gone(self.folder) from error
             remove(path.with_suffix(UNFINISHED))
             newest = newest_checkpoint(self.folder)
             raise StorageError(
@@ -209,6 +205,11 @@ class LatestCheckpoint(Checkpoint):
                 f"{f'{newest} stays good' if newest else 'nothing was saved yet'}: make room there and run the same "
                 "command again to go on"
             ) from error
+
+
+def gone(folder: Path) -> StorageError:
+    """What to say of a folder that was there when the run began."""
+    return StorageError(f"{folder} is gone: it was removed or moved away while the run was working there")
 
 
 def is_last_step(trainer: L.Trainer) -> bool:

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.data.ranks import leads
-from smalto.endings import ending
+from smalto.endings import ending, first_line
 from smalto.files import write_bytes, write_json
 from smalto.redact import redacted
 from smalto.sweeps.devices import claimed, devices_wanted, visible_devices
@@ -126,11 +126,6 @@ def start(
     if record["status"] == "finished":
         log.info("job %s finished in %.0f s, %s %s", folder.name, seconds, record.get("metric"), record.get("value"))
     return record
-
-
-def first_line(message: str) -> str:
-    """What a table shows of a message."""
-    return next((line.strip() for line in message.splitlines() if line.strip()), "")
 
 
 def main_metric(result: Any) -> dict[str, Any]:
