@@ -16,7 +16,7 @@ DATA   := $(OUT)/data
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-processors check unit smoke bench format mlflow notebooks clean resume sample evaluate \
+.PHONY: help setup demo test test-processors same-numbers check unit smoke bench format mlflow notebooks clean resume sample evaluate \
 	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl train-3b \
 	train-t2i-xl-stage1 train-t2i-xl-stage2 ablate-tokenizer sweep-scaling
 
@@ -92,6 +92,9 @@ test-processors: $(READY) ## not in test: what computes, with each kind of kerne
 	  env $$setting OMP_NUM_THREADS=$$threads $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile \
 	    -m "not slow and not gpu and not chain" $(COMPUTING) || failed="$$failed $$setting:$$threads"; \
 	done; done; test -z "$$failed" || { echo "failed with$$failed"; exit 1; }
+
+same-numbers: $(READY) ## BASE=REVISION [ONLY=gpt]: does this tree compute what that one does, bit by bit? Two minutes
+	@PYTHONPATH=tests $(PY) -m same_numbers base=$(or $(BASE),$(error BASE=REVISION is missing)) only=$(ONLY)
 
 bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
 	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)
