@@ -18,6 +18,7 @@ from smalto.callbacks.checkpoint import (
     gone,
     step_checkpoints,
 )
+from smalto.callbacks.generation import Generation
 from smalto.callbacks.mlflow_logger import MEMORY, WAITING, MLFlowLogger, deliver_waiting
 from smalto.callbacks.provenance import Provenance
 from smalto.callbacks.ranks import RankWatch, follow_parent
@@ -109,7 +110,9 @@ def fit(config: DictConfig, plain: dict[str, Any], folder: Path) -> dict[str, fl
         raise KeyboardInterrupt from None
     metrics = {key: value for saver in savers for key, value in saver.metrics.items()}
     metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if not validation.is_done(trainer):  # the run was over but for this; weights and averages are at hand
+    # The run was over but for this; weights and averages are at hand.
+    unfinished = [c for c in callbacks if isinstance(c, Generation) and not c.finished]
+    if not validation.is_done(trainer) or unfinished:
         trainer.validate(task, datamodule=data, verbose=False)
         metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     for callback in callbacks:

@@ -3,14 +3,17 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_features import TinyFeatures
 
+from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import EMA
 from smalto.callbacks.generation import Generation
 from smalto.callbacks.progress import StepProgress
 from smalto.callbacks.reconstruction import Reconstruction
 from smalto.callbacks.step_seed import StepSeed
 from smalto.callbacks.throughput import Throughput
+from smalto.callbacks.validation import Validation
 from smalto.data.synthetic import SyntheticImages
 from smalto.types import SamplingConfig
 from tiny_tasks import make_codes as codes
@@ -66,15 +69,61 @@ def test_generation_measures_and_draws(tmp_path, tokenized):
 
 
 def test_generation_measures_whole_steps_once_where_the_training_computes(tmp_path, tokenized, monkeypatch):
-    steps, devices = [], []
-    task, callback = tokenized(), generation(every_n_steps=1)
-    move = task.to
-    monkeypatch.setattr(task, "to", lambda device: devices.append(device) or move(device))
-    monkeypatch.setattr(callback, "evaluate", lambda trainer, module, tiers: steps.append(trainer.global_step))
-    trainer = make_trainer(tmp_path, callback, max_steps=2, accumulate_grad_batches=2)
-    trainer.fit(task, codes())
-    assert steps == [1, 2]
-    assert devices[-1] == trainer.strategy.root_device, "Lightning has moved the model to the CPU by the last one"
+    events = []
+
+    class Device(SingleDeviceStrategy):
+        """As on a GPU, where Lightning's teardown moves the model to the CPU."""
+
+        def teardown(self):
+            events.append("off the device")
+            super().teardown()
+
+    class Saver(LatestCheckpoint):
+        def save(self, trainer):
+            events.append(f"save {trainer.global_step}")
+            super().save(trainer)
+
+    callback = generation(every_n_steps=1)
+    monkeypatch.setattr(callback, "evaluate", lambda trainer, module, tiers: events.append(trainer.global_step))
+    monkeypatch.setattr(EMA, "on_validation_end", lambda *_: events.append("validated"))
+    trainer = make_trainer(
+        tmp_path,
+        callback,
+        EMA(decay=0.5),
+        Validation(tmp_path),
+        Saver(dirpath=tmp_path / "checkpoints", every_n_steps=10),
+        max_steps=2,
+        accumulate_grad_batches=2,
+        strategy=Device(device=torch.device("cpu")),
+        accelerator="auto",
+    )
+    trainer.fit(tokenized(), codes())
+    last = len(events) - 1 - events[::-1].index(2)
+    assert [event for event in events if isinstance(event, int)] == [1, 2]
+    assert events.index("save 2") < last < events.index("off the device")
+    assert events.index("validated") < last
+
+
+def test_an_interrupted_last_evaluation_is_made_up_for(tmp_path, tokenized, monkeypatch):
+    done = []
+    callback = generation(every_n_steps=0)
+    monkeypatch.setattr(callback, "evaluate", lambda trainer, module, tiers: done.append((trainer.global_step, tiers)))
+    trainer = make_trainer(tmp_path, callback, max_steps=0, check_val_every_n_epoch=None)
+    task = tokenized()
+    trainer.fit(task, codes())  # nothing is left to train
+    assert not done
+    assert not callback.finished
+    trainer.validate(task, codes(), verbose=False)
+    assert done == [(0, [12, 18])]
+    assert callback.finished
+
+
+def test_samples_that_do_not_fit_are_told_after_the_first_step(tmp_path, tokenized, monkeypatch):
+    monkeypatch.setattr("smalto.sampling.memory.free_bytes", lambda device: 100_000)
+    trainer = make_trainer(tmp_path, generation(every_n_steps=100, batch_size=500), max_steps=50)
+    with pytest.raises(ValueError, match=r"callbacks\.generation\.batch_size=500.*the largest batch that fits is"):
+        trainer.fit(tokenized(), codes())
+    assert trainer.global_step == 1
 
 
 def test_generation_compares_guidance_scales_under_their_own_names(tmp_path, tokenized):

@@ -9,7 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
+from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import averaged_weights
 from smalto.callbacks.pictures import log_picture, log_values
 from smalto.data.images import ImageShards
@@ -94,6 +96,9 @@ class Generation(L.Callback):
         """Values of the newest evaluation."""
         self._suite: GenerationMetrics | None = None
         self._done_at = -1
+        self._fits = False
+        self.finished = False
+        """Whether the last evaluation of the run was made."""
         wanted_labels(labels, [], [0], seed)  # an unknown word fails here, not after hours
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -120,18 +125,49 @@ class Generation(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Evaluate when the interval is full."""
         step = trainer.global_step
+        if not self._fits:  # once, beside all that training holds, and not hours later
+            self._fits = True
+            self._check_memory(pl_module)
         if self.every_n_steps and step % self.every_n_steps == 0 and step not in (self._done_at, trainer.max_steps):
             self._done_at = step
             self.evaluate(trainer, pl_module, self.num_samples)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The last evaluation, on more images; after the last checkpoint, and repeated if it was interrupted."""
-        pl_module.to(trainer.strategy.root_device)  # Lightning has cleared the device by now
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The last evaluation, on more images; after the last checkpoint.
+
+        Not in ``on_fit_end``: Lightning has moved the model off its device by then.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LatestCheckpoint):  # Lightning would call it behind all others
+                callback.on_train_end(trainer, pl_module)
+        self._finish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The last evaluation of a run that was interrupted in it: all else is done, so nothing is trained."""
+        if trainer.state.fn == TrainerFn.VALIDATING and not self.finished:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.evaluate(trainer, pl_module, self.final_num_samples)
+        self.finished = True
+
+    def _check_memory(self, pl_module: Any) -> None:
+        images = max(self.batch_size, min(self.sheet_classes, self.num_classes) * self.sheet_columns)
+        scales = self.cfg_scales or [self.sampling.cfg_scale]
+        try:
+            pl_module.check_memory(images, guided=max(scales) > 1)
+        except InputError as error:
+            raise InputError(
+                f"the samples while training (callbacks.generation.batch_size={self.batch_size}, a sheet of "
+                f"{self.sheet_classes} x {self.sheet_columns}): {error}"
+            ) from error
 
     def evaluate(self, trainer: L.Trainer, pl_module: Any, tiers: Sequence[int]) -> None:
         """Sample, measure at each of the counts ``tiers``, log."""
         start = time.perf_counter()
+        device = trainer.strategy.root_device
+        elsewhere = sorted(name for name, p in pl_module.named_parameters() if p.device != device)
+        assert not elsewhere, f"the run computes on {device}; not there are {', '.join(elsewhere[:3])}, ..."
         self.metrics = {}
         with averaged_weights(trainer, pl_module.net), fixed_weights(pl_module):
             for scale in self.cfg_scales or [self.sampling.cfg_scale]:
@@ -190,7 +226,7 @@ class Generation(L.Callback):
             if known is None:
                 self.reference.trainer = trainer  # ranks share the images
                 for batch in self.reference.val_dataloader():
-                    suite.update_real(batch["image"].to(pl_module.device), batch["label"])
+                    suite.update_real(batch["image"].to(pl_module.device, non_blocking=True), batch["label"])
                 suite.finish_real()
             self._suite = suite
         return self._suite

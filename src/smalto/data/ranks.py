@@ -130,6 +130,33 @@ def from_first(value: Any, *, world_size: int) -> Any:
     return box[0]
 
 
+def agreed(function: Callable[[], T], *, world_size: int) -> T:
+    """What ``function`` gives in this process; what a user can mend in any of ``world_size`` processes ends all.
+
+    For what each looks up on its own disk before all begin to talk: one that stopped alone would leave the others
+    waiting for it.
+
+    Raises:
+        UserError: what it raised here, or that another process stopped and why.
+    """
+    if world_size == 1:
+        return function()
+    value: T | None = None
+    problem: UserError | None = None
+    try:
+        value = function()
+    except UserError as error:
+        problem = error
+    told: list[Any] = [None] * world_size
+    distributed.all_gather_object(told, problem and str(problem))
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise UserError(f"process {rank} stopped: {text}")
+    return cast(T, value)
+
+
 def shared_device(device: torch.device) -> torch.device:
     """Where tensors of this ``device`` must lie when processes add them up: gloo gathers on the CPU only."""
     joined = distributed.is_available() and distributed.is_initialized()

@@ -13,7 +13,7 @@ from torch import Tensor
 from smalto.data.npz_images import IMAGES_KEY, npz_names, read_npz_statistics
 from smalto.data.picture_sets import PictureSet, Split, open_pictures
 from smalto.data.progress import progress
-from smalto.data.ranks import from_first, shared_device
+from smalto.data.ranks import agreed, from_first, shared_device
 from smalto.errors import InputError, MissingFile, PathInUse
 from smalto.evaluation.begun import Begun, batches
 from smalto.metrics.distribution import Gaussian
@@ -60,14 +60,21 @@ def find_reference(
         ValueError: a reference of another kind or extractor, statistics that cannot be used with it, bad images.
     """
     path = Path(path)
-    if path.is_file() and is_reference_file(path):
-        return Reference.load(path, extractor=features.name, kind=kind)
-    statistics = None
-    if path.suffix == ".npz":
-        statistics = _usable_statistics(path, features, kind)
+    # Each looks at its own disk, so all compare notes before any of them counts on the others.
+    is_reference = from_first(path.is_file() and is_reference_file(path), world_size=world_size)
+    if is_reference:
+        return agreed(lambda: Reference.load(path, extractor=features.name, kind=kind), world_size=world_size)
+
+    def look() -> tuple[Reference | None, PictureSet | None]:
+        statistics = _usable_statistics(path, features, kind) if path.suffix == ".npz" else None
         if statistics is not None and IMAGES_KEY not in npz_names(path):
-            return statistics
-    pictures = open_pictures(path, image_size=image_size, split=split)
+            return statistics, None
+        return statistics, open_pictures(path, image_size=image_size, split=split)
+
+    statistics, pictures = agreed(look, world_size=world_size)
+    if pictures is None:
+        assert statistics is not None
+        return statistics
     measured = measured_reference(
         pictures,
         features=features,
@@ -107,7 +114,7 @@ def measured_reference(
     file, is_known = from_first((file, known is not None), world_size=world_size)
     if is_known:
         log.info("reference: %s, measured before", file)
-        return known or Reference.load(file, extractor=features.name, kind=kind)
+        return agreed(lambda: known or Reference.load(file, extractor=features.name, kind=kind), world_size=world_size)
     suite = GenerationMetrics(features=features, num_classes=pictures.num_classes, kind=kind, rules=rules)
     device = next(features.parameters(), torch.zeros(0)).device
     suite.to(shared_device(device))

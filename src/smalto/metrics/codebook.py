@@ -36,7 +36,7 @@ class CodebookUsage(Metric):
         """
         codes = codes.detach().flatten().long()
         _check_codes(codes, self.codebook_size)
-        self.counts += codes.bincount(minlength=self.codebook_size)
+        self.counts.index_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the device
 
     def compute(self) -> dict[str, Tensor]:
         """Float64 scalars ``usage`` (codes seen / codes), ``entropy`` in nats, ``perplexity`` = exp(entropy).
@@ -144,6 +144,8 @@ def unigram_nll(counts: Tensor, codes: Tensor) -> tuple[float, float]:
 
 
 def _check_codes(codes: Tensor, codebook_size: int) -> None:
+    if codes.device.type == "cuda":  # looking would wait for the device, which refuses an index outside by itself
+        return
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
         raise InputError(
             f"codes range from {int(codes.min())} to {int(codes.max())}, the codebook has {codebook_size}; "

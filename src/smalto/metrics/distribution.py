@@ -13,6 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from smalto.errors import InputError
 from smalto.metrics.finite import all_finite, check_finite
+from smalto.metrics.metric_state import CarriesTensors
 
 EPS = float(np.finfo(np.float64).eps)
 MAX_ROOT_ERROR = 1e-10
@@ -51,7 +52,7 @@ class Gaussian:
         return root
 
 
-class FrechetDistance(FrechetInceptionDistance):
+class FrechetDistance(CarriesTensors, FrechetInceptionDistance):
     """FID (arXiv:1706.08500) on features computed elsewhere, so that one network pass serves every metric.
 
     States and updates are torchmetrics' own: float64 sums, added over processes. Two things are replaced.
@@ -63,6 +64,8 @@ class FrechetDistance(FrechetInceptionDistance):
     Args:
         num_features: D.
     """
+
+    carried = ("_given",)
 
     def __init__(self, *, num_features: int, **kwargs: Any) -> None:
         super().__init__(feature=_AsGiven(num_features), reset_real_features=False, **kwargs)

@@ -4,15 +4,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from smalto.errors import InputError
 from smalto.metrics.finite import all_finite, check_finite
+from smalto.metrics.metric_state import CarriesTensors
 
 DistanceDtype = Literal["fp32", "fp16"]
 
 
-class PrecisionRecall(Metric):
+class PrecisionRecall(CarriesTensors):
     """Precision: share of generated images inside the manifold of real ones; recall: the other way round.
 
     A manifold is the union of balls around each image, reaching to its k-th nearest neighbour in the same
@@ -31,6 +31,7 @@ class PrecisionRecall(Metric):
 
     full_state_update = False
     is_differentiable = False
+    carried = ("_given",)
     real: list[Tensor]
     fake: list[Tensor]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from smalto.errors import InputError
+from smalto.metrics.metric_state import CarriesTensors
 
 MIN_STD = 1e-3
 """Features are ReLU averages of order 0.1 to 1; a feature that never fires must not be divided by zero."""
@@ -59,9 +60,9 @@ class ClassMoments(Metric):
 
     def update(self, pool: Tensor, label: Tensor) -> None:
         """Add features (B, D) of real images with labels (B,)."""
-        check_labels(label, self.num_classes)
-        pool = pool.detach().double()
-        self.count += label.bincount(minlength=self.num_classes)
+        check_labels(label, self.num_classes)  # where they are: on the CPU it costs nothing
+        label, pool = label.to(pool.device), pool.detach().double()
+        self.count.index_add_(0, label, torch.ones_like(label))  # bincount would wait for the device
         self.total.index_add_(0, label, pool)
         self.square += pool.square().sum(dim=0)
 
@@ -74,7 +75,7 @@ class ClassMoments(Metric):
         return {"mean": mean.float(), "std": std.float(), "count": self.count}
 
 
-class ClassProbe(Metric):
+class ClassProbe(CarriesTensors):
     """Share of generated images whose nearest class mean is the class asked for.
 
     Args:
@@ -88,6 +89,8 @@ class ClassProbe(Metric):
     asked: Tensor
     broken: Tensor
 
+    carried = ("means",)
+
     def __init__(self, *, means: ClassMeans, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.means = means
@@ -98,12 +101,12 @@ class ClassProbe(Metric):
 
     def update(self, pool: Tensor, label: Tensor) -> None:
         """Add features (B, D) of generated images with the labels (B,) that were asked for."""
-        classes = self.asked.numel()
-        check_labels(label, classes)
+        check_labels(label, self.asked.numel())
+        label = label.to(pool.device)
         hit = self.means.predict(pool) == label
         self.broken += (~pool.isfinite().all(dim=1)).sum()
-        self.asked += label.bincount(minlength=classes)
-        self.correct += label[hit].bincount(minlength=classes)
+        self.asked.index_add_(0, label, torch.ones_like(label))
+        self.correct.index_add_(0, label, hit.long())
 
     def compute(self) -> dict[str, Tensor]:
         """``accuracy`` over all images (float64 scalar) and ``per_class`` (C,), NaN where not asked.

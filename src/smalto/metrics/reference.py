@@ -15,6 +15,7 @@ from smalto.arrays import npz_array
 from smalto.errors import InputError, MissingFile, PathInUse
 from smalto.files import replacing
 from smalto.metrics.distribution import Gaussian
+from smalto.metrics.metric_state import mapped
 from smalto.metrics.probe import ClassMeans
 
 FORMAT = "smalto-reference"
@@ -60,6 +61,11 @@ class Reference:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"kind of reference is {self.kind!r}, must be one of {', '.join(KINDS)}")
+
+    def to(self, device: torch.device | str) -> "Reference":
+        """The same, with all tensors on ``device``: processes that compare notes over NCCL need them there."""
+        moved: Reference = mapped(self, lambda tensor: tensor.to(device))
+        return moved
 
     def require(self, *, extractor: str, kind: Kind, where: str = "the reference") -> None:
         """Refuse to be compared with features of another kind.

@@ -99,6 +99,8 @@ class GenerationMetrics:
         for part in (self.features, *self._parts().values()):
             part.to(device)
         self._labelled = [(pool.to(device), label.to(device)) for pool, label in self._labelled]
+        if self.reference is not None:
+            self.reference = self.reference.to(device)
         return self
 
     @property
@@ -158,7 +160,7 @@ class GenerationMetrics:
         self._frechet.update(found.pool, real=True)
         self._spatial.update(found.spatial, real=True)
         if self._moments is not None and label is not None and bool((label >= 0).all()):
-            self._moments.update(found.pool, label.to(found.pool.device))
+            self._moments.update(found.pool, label)
             self._num_real_labels += len(found.pool)
         room = self.rules.max_pool - self._num_real
         if self.kind == "generation" and room > 0:

@@ -231,6 +231,14 @@ class GPTTask(L.LightningModule):
         finally:
             self._weights_are_fixed, self._packed = False, None
 
+    def check_memory(self, images: int, *, guided: bool) -> None:
+        """Refuse to draw so many images at once where they would not fit, before anybody asks for them.
+
+        Raises:
+            ValueError: what fits.
+        """
+        check_batch(self.net, images, guided=guided, dtype=self._engine_dtype())
+
     def _decoder(self, images: int, *, guided: bool) -> DecodeEngine:
         if self._packed is not None:
             check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
