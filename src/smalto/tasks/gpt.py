@@ -25,6 +25,7 @@ from smalto.sampling.memory import check_batch
 from smalto.tasks.checkpoint import load_tokenizer, start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import ShardingPlan, build_sharded
+from smalto.tasks.step_log import StepLog
 from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
 
@@ -76,6 +77,8 @@ class GPTTask(L.LightningModule):
         self.verify = True  # compare checkpoints that are read with their checksums
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
+        self.step_log = StepLog()
+        """What a step measures, see :class:`StepLog`."""
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -143,6 +146,10 @@ class GPTTask(L.LightningModule):
         """Write down how to build the tokenizer whose weights are inside."""
         checkpoint["tokenizer_config"] = self.tokenizer_config
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What logs the steps; a later call of the same trainer has it already."""
+        return [] if self.step_log in self.trainer.callbacks else [self.step_log]  # type: ignore[attr-defined]
+
     def configure_optimizers(self) -> Any:
         """One optimizer, its schedule per step."""
         optimizer = build_optimizer(self.optimizer_factory, self.net)
@@ -200,9 +207,7 @@ class GPTTask(L.LightningModule):
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per code, in nats."""
         loss = self.training_loss(batch)
-        # Of all processes. Not prog_bar: Lightning would fetch it from the device in every step.
-        self.log("train/loss", loss, sync_dist=True)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.step_log.note({"train/loss": loss, "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss
 
     def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:

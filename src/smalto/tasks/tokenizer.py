@@ -19,6 +19,7 @@ from smalto.sampling.engine import EngineConfig
 from smalto.tasks.checkpoint import start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import from_the_seed
+from smalto.tasks.step_log import StepLog
 from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
@@ -98,6 +99,9 @@ class TokenizerTask(L.LightningModule):
         """Whether checkpoints that this task reads are compared with their checksums."""
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
+        self.step_log = StepLog()
+        """What a step measures, see :class:`StepLog`."""
+        self._flops: dict[bool, float] = {}
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -132,6 +136,10 @@ class TokenizerTask(L.LightningModule):
             # before its start. Read when the module is wrapped, which comes after this.
             strategy._ddp_kwargs["find_unused_parameters"] = True
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What logs the steps; a later call of the same trainer has it already."""
+        return [] if self.step_log in self.trainer.callbacks else [self.step_log]  # type: ignore[attr-defined]
+
     def configure_optimizers(self) -> Any:
         """One optimizer per network, generator first; the discriminator's rate follows the generator's."""
         nets = [self.net] + ([self.discriminator] if self.discriminator is not None else [])
@@ -156,7 +164,10 @@ class TokenizerTask(L.LightningModule):
     @property
     def training_flops(self) -> float:
         """Of one image in the training step that comes next, see :meth:`flops`."""
-        return self.flops(adversarial=self.global_step >= self.disc_start)
+        adversarial = self.global_step >= self.disc_start
+        if adversarial not in self._flops:  # half a second of three networks
+            self._flops[adversarial] = self.flops(adversarial=adversarial)
+        return self._flops[adversarial]
 
     def flops(self, *, adversarial: bool) -> float:
         """Of one image in a training step before or after the discriminator's start, a multiply-add as two.
@@ -194,8 +205,7 @@ class TokenizerTask(L.LightningModule):
             losses |= self._discriminator_step(image, reconstruction.detach(), rate)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()}, sync_dist=True)
-        self.log("train/lr", rate)
+        self.step_log.note({f"train/{key}": value for key, value in losses.items()} | {"train/lr": rate})
 
     def generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction of float (B, 3, H, W) in [-1, 1], and every term of the loss; ``loss`` is to be minimised."""
