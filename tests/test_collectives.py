@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.strategies import DDPStrategy
+from tiny_features import TinyFeatures
 
 from collectives import Call, Recorder, recorded
 from forked_ranks import run_ranks
@@ -30,7 +31,6 @@ from smalto.tasks.strategy import ShardedStrategy
 from smalto.tokenizers.quantize import VectorQuantizer
 from smalto.tokenizers.vqgan import VQModel
 from smalto.types import SamplingConfig
-from tiny_features import TinyFeatures
 from tiny_tasks import VOCABULARY, make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
 
 pytestmark = pytest.mark.chain
@@ -153,7 +153,9 @@ def test_all_processes_enter_the_same_in_the_same_order(run):
 
 def is_plain(step: int) -> bool:
     """Not logged, validated or saved, nor after a step that was saved, when that is settled, nor one of DDP's first."""
-    return step > 2 and all((step - late) % n for late, n in ((0, LOG_EVERY), (0, CHECK_EVERY), (0, SAVE_EVERY), (1, 4)))
+    return step > 2 and all(
+        (step - late) % n for late, n in ((0, LOG_EVERY), (0, CHECK_EVERY), (0, SAVE_EVERY), (1, 4))
+    )
 
 
 def plain_steps(calls: list[Call]) -> dict[int, list[Call]]:

@@ -91,7 +91,7 @@ class Throughput(L.Callback):
             "train/mfu": rate * self._flops / self._peak,
             "train/memory_peak_gb": peak_memory(pl_module.device) / 1e9,
         }
-        # For the bar and for whoever reads the trainer's metrics. Not as numbers: Lightning would send each to the device.
+        # For the bar and for whoever reads the trainer's metrics; Lightning would send numbers to the device.
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, logger=False)
         # Past Lightning's log_every_n_steps, which need not meet the ends of windows.
         for logger in trainer.loggers:

@@ -57,7 +57,7 @@ class StepLog(L.Callback):
         """Log, if Lightning is about to write this step's row, or if there will be no other."""
         connector, loop = trainer._logger_connector, trainer.fit_loop
         between = loop._should_accumulate() and pl_module.automatic_optimization
-        if not between and (connector.should_update_logs or trainer.fast_dev_run or is_last_step(trainer)):
+        if not between and (connector.should_update_logs or is_last_step(trainer)):
             pl_module.log_dict(self.read())
 
 
