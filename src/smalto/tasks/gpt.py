@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,14 +24,14 @@ from smalto.sampling.memory import check_batch
 from smalto.tasks.checkpoint import load_tokenizer, start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import ShardingPlan, build_sharded
-from smalto.tasks.step_log import StepLog
+from smalto.tasks.step_log import LoggedModule
 from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
 
 log = logging.getLogger(__name__)
 
 
-class GPTTask(L.LightningModule):
+class GPTTask(LoggedModule):
     """Cross-entropy over codes; a frozen tokenizer rides along to turn samples into pictures.
 
     Args:
@@ -77,8 +76,6 @@ class GPTTask(L.LightningModule):
         self.verify = True  # compare checkpoints that are read with their checksums
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
-        self.step_log = StepLog()
-        """What a step measures, see :class:`StepLog`."""
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -145,10 +142,6 @@ class GPTTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down how to build the tokenizer whose weights are inside."""
         checkpoint["tokenizer_config"] = self.tokenizer_config
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """What logs the steps; a later call of the same trainer has it already."""
-        return [] if self.step_log in self.trainer.callbacks else [self.step_log]  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         """One optimizer, its schedule per step."""

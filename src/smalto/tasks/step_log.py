@@ -17,8 +17,7 @@ class StepLog(L.Callback):
     step, and at the last one, the values of the step are stacked, averaged over processes by one reduction, fetched
     once, and logged: ``trainer.callback_metrics`` and loggers have them from then on, on the CPU.
 
-    A task returns its own from ``configure_callbacks``: behind all callbacks that note something or end the run, before
-    those that save.
+    It stands behind all callbacks that note something or end the run, before those that save.
     """
 
     def __init__(self) -> None:
@@ -59,6 +58,18 @@ class StepLog(L.Callback):
         between = loop._should_accumulate() and pl_module.automatic_optimization
         if not between and (connector.should_update_logs or is_last_step(trainer)):
             pl_module.log_dict(self.read())
+
+
+class LoggedModule(L.LightningModule):
+    """A task whose steps note what they measure in ``step_log``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_log = StepLog()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What logs the steps; a later call of the same trainer has it already."""
+        return [] if self.step_log in self.trainer.callbacks else [self.step_log]  # type: ignore[attr-defined]
 
 
 def is_last_step(trainer: L.Trainer) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -19,14 +18,14 @@ from smalto.sampling.engine import EngineConfig
 from smalto.tasks.checkpoint import start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import from_the_seed
-from smalto.tasks.step_log import StepLog
+from smalto.tasks.step_log import LoggedModule
 from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
 RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 
 
-class TokenizerTask(L.LightningModule):
+class TokenizerTask(LoggedModule):
     """VQGAN training with a discriminator that does not exist for the model before ``disc_start``.
 
     Optimization is manual. ``global_step`` counts generator steps only: the discriminator's optimizer is stepped
@@ -99,8 +98,6 @@ class TokenizerTask(L.LightningModule):
         """Whether checkpoints that this task reads are compared with their checksums."""
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
-        self.step_log = StepLog()
-        """What a step measures, see :class:`StepLog`."""
         self._flops: dict[bool, float] = {}
         self.net: Any = None
         self.discriminator: Any = None
@@ -135,10 +132,6 @@ class TokenizerTask(L.LightningModule):
             # Each of the two networks has no gradient in the other's backward pass, and the discriminator none at all
             # before its start. Read when the module is wrapped, which comes after this.
             strategy._ddp_kwargs["find_unused_parameters"] = True
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """What logs the steps; a later call of the same trainer has it already."""
-        return [] if self.step_log in self.trainer.callbacks else [self.step_log]  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         """One optimizer per network, generator first; the discriminator's rate follows the generator's."""
