@@ -44,7 +44,7 @@ class Record(L.Callback):
         for optimizer in trainer.optimizers:
             state += [v.clone() for entry in optimizer.state.values() for v in entry.values()]
         self.states.append(state)
-        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.metrics.append({k: float(v) for k, v in task.step_log.read().items()})
 
 
 def same(a, b) -> bool:

@@ -55,7 +55,7 @@ class Losses(L.Callback):
         self.values: list[str] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.values.append(float(trainer.callback_metrics["train/loss"]).hex())
+        self.values.append(float(pl_module.step_log.read()["train/loss"]).hex())
 
 
 def test_generation_measures_and_draws(tmp_path, tokenized):

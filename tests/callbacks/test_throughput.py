@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalto.callbacks.progress import StepProgress
 from smalto.callbacks.throughput import Throughput
-from tiny_tasks import make_codes, make_gpt_task, make_tokenizer_task, make_trainer
+from tiny_tasks import make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
 
 KEYS = {"images_per_second", "codes_per_second", "tflops_per_second", "mfu", "memory_peak_gb"}
 
@@ -99,3 +99,14 @@ def test_flops_are_those_that_run(kind):
                 task.disc_loss(task.discriminator(image), task.discriminator(rebuilt.detach())).backward()
     flops = task.training_flops if kind == "gpt" else task.flops(adversarial=kind != "tokenizer")
     assert 2 * flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_flops_are_counted_once_and_again_when_the_discriminator_comes(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        "smalto.tasks.tokenizer.forward_flops", lambda net, *images: (counted.append(type(net).__name__), 1)[1]
+    )
+    trainer = make_trainer(tmp_path, Throughput(window=1, peak_tflops=1.0), max_steps=8)
+    trainer.fit(make_tokenizer_task(disc_start=3), make_images())
+    assert counted == ["VQModel", "VQModel", "PatchDiscriminator"]
+    assert float(trainer.callback_metrics["train/tflops_per_second"]) > 0

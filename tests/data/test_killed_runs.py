@@ -66,7 +66,7 @@ class Watch(L.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        loss = float(trainer.callback_metrics["train/loss"])
+        loss = float(pl_module.step_log.read()["train/loss"])
         with self.path.open("a") as file:
             file.write(f"{trainer.global_step} {loss.hex()}\n")
 

@@ -1,10 +1,12 @@
+import threading
+import time
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from smalto.data.loader import ResumableLoader
+from smalto.data.loader import AHEAD, ResumableLoader
 
 
 def fetch(epoch, indices):
@@ -115,3 +117,58 @@ def test_impossible_sizes_are_explained():
         loader(n=3)
     with pytest.raises(ValueError, match=r"1 samples are too few.*needs 2"):
         loader(n=1, shuffle=False, world_size=2)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for whoever asks; names of the threads that made pinned memory."""
+    threads: list[str] = []
+
+    def pin(tensor):
+        threads.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: threads.append(f"set {device}"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return threads
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 3, 5])
+def test_a_thread_gathers_and_pins_for_a_gpu_and_resumes_as_exactly(monkeypatch, gpu, consumed):
+    with monkeypatch.context() as without:
+        without.setattr(torch.cuda, "is_available", lambda: False)
+        expected = indices(loader())
+    source = loader()
+    batches = iter(source)
+    assert [next(batches)["index"].tolist() for _ in range(consumed)] == expected[:consumed]
+    state = source.state_dict()
+    assert state["batches"] == consumed  # what the thread has ready does not count
+    batches.close()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert indices(resumed) == (expected[consumed:] or expected)
+    assert gpu[0] == "set 1"  # not the first GPU, which a new thread would take
+    assert {name.partition("_")[0] for name in gpu} == {"set 1", "batches"}
+
+
+def test_the_next_batches_are_made_while_one_is_used_and_no_more_than_that(gpu):
+    made = []
+    source = loader(n=40)
+    plain = source._dataset._fetch
+    source._dataset._fetch = lambda *item: (made.append(item), plain(*item))[1]
+    batches = iter(source)
+    next(batches)
+    until = time.monotonic() + 5
+    while len(made) < 1 + AHEAD and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(made) == 1 + AHEAD
+    batches.close()
+
+
+def test_an_error_in_the_thread_is_that_of_the_batch(gpu):
+    source = loader()
+    source._dataset._fetch = lambda *item: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(iter(source))

@@ -49,8 +49,8 @@ class Losses(L.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer, *args) -> None:
-        self.values.append(float(trainer.callback_metrics["train/loss"]))
+    def on_train_batch_end(self, trainer, task, *args) -> None:
+        self.values.append(float(task.step_log.read()["train/loss"]))
 
 
 def fit(folder: Path, *, steps: int, start: Path | None = None, sharded: bool = False, task=None, **overrides):

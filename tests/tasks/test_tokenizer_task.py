@@ -29,7 +29,7 @@ class Watch(L.Callback):
             self.states.append({key: value.clone() for key, value in state.items()})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
+        self.losses.append(float(pl_module.step_log.read()["train/loss"]).hex())
         if pl_module.discriminator is not None:
             self.gradients.append(any(p.grad is not None for p in pl_module.discriminator.parameters()))
 

@@ -19,6 +19,7 @@ from smalto.callbacks.agreement import Agreement
 from smalto.errors import InputError, StorageError
 from smalto.files import commit
 from smalto.tasks.sharded_folder import damage
+from smalto.tasks.step_log import is_last_step
 from smalto.tasks.strategy import ShardedStrategy
 from smalto.tasks.torch_file import DAMAGE, check_archive, is_archive
 
@@ -72,6 +73,8 @@ class LatestCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
+            # Lightning asks all processes in every step, through the devices, for a signal that now comes here.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
@@ -210,12 +213,6 @@ class LatestCheckpoint(Checkpoint):
 def gone(folder: Path) -> StorageError:
     """What to say of a folder that was there when the run began."""
     return StorageError(f"{folder} is gone: it was removed or moved away while the run was working there")
-
-
-def is_last_step(trainer: L.Trainer) -> bool:
-    """Whether training ends with the step that was just made."""
-    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
 
 
 def _still_saving(trainer: L.Trainer) -> bool:

@@ -70,8 +70,9 @@ class GradientGuard(L.Callback):
         watch = self._watches[number]
         norm = watch.look()
         if norm is not None:
-            pl_module.log(f"train/{'disc_' if number else ''}grad_norm", norm)
-            pl_module.log("train/skipped_steps", torch.stack([w.skipped for w in self._watches]).sum())
+            skipped = torch.stack([w.skipped for w in self._watches]).sum()
+            name = f"train/{'disc_' if number else ''}grad_norm"
+            pl_module.step_log.note({name: norm, "train/skipped_steps": skipped}, mean=False)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Say what was skipped, and stop where nothing else happens."""

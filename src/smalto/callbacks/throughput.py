@@ -91,7 +91,8 @@ class Throughput(L.Callback):
             "train/mfu": rate * self._flops / self._peak,
             "train/memory_peak_gb": peak_memory(pl_module.device) / 1e9,
         }
-        pl_module.log_dict(values, logger=False)  # for the bar and for whoever reads the trainer's metrics
+        # For the bar and for whoever reads the trainer's metrics; Lightning would send numbers to the device.
+        pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()}, logger=False)
         # Past Lightning's log_every_n_steps, which need not meet the ends of windows.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

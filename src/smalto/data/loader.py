@@ -1,7 +1,9 @@
 """Batches as a function of (seed, epoch, batch number, rank): nothing to save but how many were consumed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
@@ -13,7 +15,10 @@ from smalto.data.order import epoch_order
 from smalto.errors import InputError
 
 Fetch = Callable[[int, np.ndarray], dict[str, Tensor]]
-"""(epoch, indices) to a batch; called in worker processes too."""
+"""(epoch, indices) to a batch; called in worker processes and in a thread too."""
+
+AHEAD = 2
+"""Batches that a thread has ready or is making, beyond the one in use."""
 
 
 class ResumableLoader:
@@ -22,7 +27,7 @@ class ResumableLoader:
     Lightning asks for ``__len__`` (of the full epoch, also after a resume), ``state_dict`` /
     ``load_state_dict``, and ``sampler.set_epoch``: the loader is its own sampler, without which every
     epoch would have the order of the first. The position is the number of batches handed out, whatever
-    the workers prefetched.
+    the workers, or the thread, prefetched.
 
     Training (``shuffle``) takes global batch b as ``order[b*G:(b+1)*G]``, drops the rest of the epoch,
     and gives each rank its slice: the same images are in the same global batch whatever the number of ranks.
@@ -37,7 +42,7 @@ class ResumableLoader:
         shuffle: training order and drop of the last, smaller batch.
         rank: of this process.
         world_size: number of processes.
-        num_workers: processes that fetch; 0 fetches here.
+        num_workers: processes that fetch; 0 fetches here, in a thread if there is a GPU to keep busy meanwhile.
 
     Raises:
         ValueError: a batch size that ``world_size`` does not divide, or fewer samples than a batch (or a
@@ -104,7 +109,13 @@ class ResumableLoader:
         self._plan.items = [(epoch, indices) for indices in self.batches(epoch)[start:]]
         if self._num_workers and self._workers is None:
             self._workers = self._start_workers()
-        source = map(self._dataset.__getitem__, self._plan.items) if self._workers is None else self._workers
+        source: Iterable[dict[str, Tensor]]
+        if self._workers is not None:
+            source = self._workers
+        elif torch.cuda.is_available():
+            source = fetched_ahead(self._dataset.__getitem__, self._plan.items)
+        else:
+            source = map(self._dataset.__getitem__, self._plan.items)
         for batch in source:
             self._done += 1
             yield batch
@@ -146,6 +157,29 @@ class ResumableLoader:
         """Continue after that position; a completed epoch is followed by a whole one."""
         self._epoch = state["epoch"]
         self._start = self._done = state["batches"] % len(self)
+
+
+def fetched_ahead(
+    fetch: Callable[[tuple[int, np.ndarray]], dict[str, Tensor]], items: list[tuple[int, np.ndarray]]
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of ``items`` in their order, made in a thread, in memory from which a GPU copies by itself."""
+
+    def pinned(item: tuple[int, np.ndarray]) -> dict[str, Tensor]:
+        return {name: value.pin_memory() for name, value in fetch(item).items()}
+
+    # Of this process: a new thread would begin with the first GPU, and take memory there.
+    device = torch.cuda.current_device()
+    pool = ThreadPoolExecutor(1, "batches", torch.cuda.set_device, (device,))
+    waiting: deque[Future[dict[str, Tensor]]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(pinned, item))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +24,14 @@ from smalto.sampling.memory import check_batch
 from smalto.tasks.checkpoint import load_tokenizer, start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import ShardingPlan, build_sharded
+from smalto.tasks.step_log import LoggedModule
 from smalto.tokenizers.precision import decode
 from smalto.types import CodeBatch, SamplingConfig
 
 log = logging.getLogger(__name__)
 
 
-class GPTTask(L.LightningModule):
+class GPTTask(LoggedModule):
     """Cross-entropy over codes; a frozen tokenizer rides along to turn samples into pictures.
 
     Args:
@@ -200,9 +200,7 @@ class GPTTask(L.LightningModule):
     def training_step(self, batch: CodeBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per code, in nats."""
         loss = self.training_loss(batch)
-        # Of all processes. Not prog_bar: Lightning would fetch it from the device in every step.
-        self.log("train/loss", loss, sync_dist=True)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.step_log.note({"train/loss": loss, "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss
 
     def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -19,13 +18,14 @@ from smalto.sampling.engine import EngineConfig
 from smalto.tasks.checkpoint import start_from
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import from_the_seed
+from smalto.tasks.step_log import LoggedModule
 from smalto.tokenizers.precision import in_precision
 from smalto.types import CodeShape, ImageBatch
 
 RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 
 
-class TokenizerTask(L.LightningModule):
+class TokenizerTask(LoggedModule):
     """VQGAN training with a discriminator that does not exist for the model before ``disc_start``.
 
     Optimization is manual. ``global_step`` counts generator steps only: the discriminator's optimizer is stepped
@@ -98,6 +98,7 @@ class TokenizerTask(L.LightningModule):
         """Whether checkpoints that this task reads are compared with their checksums."""
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
+        self._flops: dict[bool, float] = {}
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -156,7 +157,10 @@ class TokenizerTask(L.LightningModule):
     @property
     def training_flops(self) -> float:
         """Of one image in the training step that comes next, see :meth:`flops`."""
-        return self.flops(adversarial=self.global_step >= self.disc_start)
+        adversarial = self.global_step >= self.disc_start
+        if adversarial not in self._flops:  # half a second of three networks
+            self._flops[adversarial] = self.flops(adversarial=adversarial)
+        return self._flops[adversarial]
 
     def flops(self, *, adversarial: bool) -> float:
         """Of one image in a training step before or after the discriminator's start, a multiply-add as two.
@@ -194,8 +198,7 @@ class TokenizerTask(L.LightningModule):
             losses |= self._discriminator_step(image, reconstruction.detach(), rate)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log_dict({f"train/{key}": value.detach() for key, value in losses.items()}, sync_dist=True)
-        self.log("train/lr", rate)
+        self.step_log.note({f"train/{key}": value for key, value in losses.items()} | {"train/lr": rate})
 
     def generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction of float (B, 3, H, W) in [-1, 1], and every term of the loss; ``loss`` is to be minimised."""
