@@ -18,7 +18,7 @@ from smalto.errors import InputError, PathInUse
 from smalto.runtime import compose
 from smalto.sampling.engine import EngineConfig
 from smalto.sampling.packed import resolve_dtype
-from smalto.tokenizers.precision import has_fast_bf16
+from smalto.nn.hardware import has_fast_bf16
 
 CPU = torch.device("cpu")
 AUTO = resolve_dtype("auto", CPU)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from smalto.errors import InputError
+from smalto.nn.hardware import has_fast_bf16
 from smalto.nn.peak import measured_bandwidth, measured_tflops
 
 GIB = 2**30
@@ -45,9 +46,9 @@ class Device:
         """FLOP/s at best in a ``trainer.precision``.
 
         Raises:
-            ValueError: a bfloat16 precision on a device without.
+            ValueError: a bfloat16 precision on a GPU without.
         """
-        if precision.startswith("bf16") and not self.bf16:
+        if precision.startswith("bf16") and not self.bf16 and self.kind != "cpu":  # emulated there, and measured so
             raise InputError(
                 f"trainer.precision is {precision}, {self.name} has no units for bfloat16; set "
                 "trainer.precision=16-mixed (generators), 32-true, or another device="
@@ -74,7 +75,7 @@ def measured_device(
         memory_gib=memory_gib or memory / GIB,
         fp32_tflops=fp32_tflops or measured_tflops(device, torch.float32, seconds=0.3),
         half_tflops=half_tflops or measured_tflops(device, torch.bfloat16, seconds=0.3),
-        bf16=device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16=has_fast_bf16(device),
         bandwidth_gb_s=bandwidth_gb_s or measured_bandwidth(device, seconds=0.3),
         kind=device.type,
     )

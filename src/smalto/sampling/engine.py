@@ -24,7 +24,7 @@ from smalto.nn.norm import RMSNorm
 from smalto.nn.whole import kept, one_by_one
 from smalto.sampling.alike import gated, gelu, norm, turned
 from smalto.sampling.autoregressive import NullCondition
-from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
+from smalto.sampling.packed import Linear, check_dtype, packed_linear, resolve_dtype, uniform_rows
 from smalto.tokenizers.precision import PRECISIONS
 
 
@@ -48,8 +48,7 @@ class EngineConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
-            resolve_dtype(self.dtype, torch.device("cpu"))
+        check_dtype(self.dtype)  # whether a device has fp16 is known only with the device
         if self.compile and self.dtype == "fp16":
             raise InputError(
                 "engine.compile=true cannot see into the fp16 weights of engine.dtype=fp16; "
