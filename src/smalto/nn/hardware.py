@@ -34,7 +34,7 @@ def bf16_units(device: torch.device | str) -> str | None:
 
 
 def _arm_bf16() -> bool:
-    """oneDNN's question, which on Arm means the units; on x86 it is true of every AVX-512 processor, emulated or not."""
+    """As oneDNN says, which on x86 says so of every processor with AVX-512, emulated or not."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
