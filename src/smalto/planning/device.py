@@ -27,6 +27,7 @@ class Device:
         bf16: whether it has units for bfloat16.
         bandwidth_gb_s: of its memory, GB/s.
         kind: ``cuda`` or ``cpu``: what a training step keeps differs.
+        link_gb_s: to other devices of the node, one way, GB/s; None: not known.
     """
 
     name: str
@@ -36,11 +37,14 @@ class Device:
     bf16: bool
     bandwidth_gb_s: float
     kind: str = "cuda"
+    link_gb_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory_gib", "fp32_tflops", "half_tflops", "bandwidth_gb_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"devices.{self.name}.{name} is {getattr(self, name)}, must be positive")
+        if self.link_gb_s is not None and not self.link_gb_s > 0:
+            raise InputError(f"devices.{self.name}.link_gb_s is {self.link_gb_s}, must be positive, or null: not known")
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at best in a ``trainer.precision``.
@@ -62,8 +66,12 @@ def measured_device(
     fp32_tflops: float | None = None,
     half_tflops: float | None = None,
     bandwidth_gb_s: float | None = None,
+    link_gb_s: float | None = None,
 ) -> Device:
-    """The first GPU of this machine, else its CPU with the threads torch uses; what is given is not measured."""
+    """The first GPU of this machine, else its CPU with the threads torch uses; what is given is not measured.
+
+    Links to other devices are not measured.
+    """
     if torch.cuda.is_available():
         device, name = torch.device("cuda"), torch.cuda.get_device_name()
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -78,4 +86,5 @@ def measured_device(
         bf16=has_fast_bf16(device),
         bandwidth_gb_s=bandwidth_gb_s or measured_bandwidth(device, seconds=0.3),
         kind=device.type,
+        link_gb_s=link_gb_s,
     )
