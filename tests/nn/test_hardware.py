@@ -30,6 +30,7 @@ def machine(monkeypatch):
             found = unit in CPUS[cpu][0]
             monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda found=found: found, raising=False)
         monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
         monkeypatch.setattr(packed, "_has_onednn", lambda dtype: onednn)
         packed._say_once.cache_clear()
@@ -73,8 +74,9 @@ def test_arm_is_asked_by_onednn(machine, monkeypatch):
 
 def test_devices_of_which_nobody_knows_have_none(machine):
     machine("AMX")
-    assert not has_fast_bf16("mps")
-    assert resolve_dtype("auto", torch.device("mps")) == "fp32"
+    for device in ("mps", "cuda"):
+        assert not has_fast_bf16(device)
+        assert resolve_dtype("auto", torch.device(device)) == "fp32"
 
 
 def test_older_torch_has_no_probes(machine, monkeypatch):

@@ -18,6 +18,8 @@ def bf16_units(device: torch.device | str) -> str | None:
     """
     device = torch.device(device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None
         if torch.version.hip is not None:
             return "ROCm"
         major, minor = torch.cuda.get_device_capability(device)
