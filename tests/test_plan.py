@@ -101,9 +101,33 @@ def test_time_and_cost_follow_from_the_arithmetic(planned):
     assert 1.25 < recomputing["hardware"] / flops < 4 / 3
 
 
+def test_what_a_step_sends_and_how_long_that_takes(planned, capsys):
+    on_nodes = ["model=b", "strategy=fsdp", "trainer.devices=8", "trainer.num_nodes=4", "plan.network_gb_s=200"]
+    found = planned(*ALONE, *on_nodes)
+    rows, parameters = found["traffic"]["strategies"], found["parameters"]["trained"]
+    assert rows["ddp"]["gradients"] == 2 * 4 * parameters * 31 // 32
+    assert rows["ddp"]["buffers"] == 0  # how ddp is set up is known only where it is asked for
+    # In bfloat16, twice, and float32 gradients; shares of the 1001 classes are padded.
+    assert rows["fsdp"]["total"] == pytest.approx((2 * 2 + 4) * parameters * 31 / 32, rel=1e-3)
+    assert found["traffic"]["gb_s"] == 200  # NVLink's 300 within a node
+    assert rows["fsdp"]["seconds"] == rows["fsdp"]["total"] / 200e9
+    assert rows["fsdp"]["share_of_step"] == pytest.approx(rows["fsdp"]["seconds"] / found["time"]["seconds_per_step"])
+    assert found["traffic"]["host"]["batch_bytes"] == 256 // 32 * (256 * 8 + 8)
+    unknown = planned(*ALONE, *on_nodes[:-1])["traffic"]
+    assert unknown["gb_s"] is unknown["strategies"]["ddp"]["seconds"] is None
+    assert planned(*ALONE, "trainer.devices=8")["traffic"]["gb_s"] == 300
+    one_each = planned(*ALONE, "trainer.devices=1", "trainer.num_nodes=4", "plan.network_gb_s=12.5")["traffic"]
+    assert one_each["gb_s"] == 12.5
+    for trainer in (["strategy=ddp"], ["strategy=ddp", "+trainer.strategy.broadcast_buffers=false"]):
+        row = planned(*ALONE, "trainer.devices=8", *trainer)["traffic"]["strategies"]["ddp"]
+        assert (row["buffers"] > 0) == (len(trainer) == 1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        (["plan.network_gb_s=0"], "plan.network_gb_s"),
+        (["devices.a100_80.link_gb_s=-1"], "link_gb_s is -1"),
         (["plan.mfu=35"], "at most 1"),
         (["trainer.devices=auto"], "trainer.devices=8"),
         (["trainer.devices=3"], "data.batch_size=256"),
@@ -134,6 +158,10 @@ def test_the_command_prints_a_table_and_writes_json(planned, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1,969,920 trained" in said
     assert "fewest devices" in said
+    assert "back a loss in one copy every" in said
+    assert "each device sends" not in said
+    plan.run(compose("plan", ["experiment=demo_gpt", "trainer.devices=2"]))
+    assert "ddp: each device sends 7.9 MB a step (gradients reduced 7.9 MB" in capsys.readouterr().out
     assert json.loads(out.read_text())["kind"] == "gpt"
     with pytest.raises(OSError, match="is a folder"):
         plan.run(compose("plan", ["experiment=demo_gpt", f"out={tmp_path}"]))

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from smalto import sample
 from smalto.data.output_plan import PLAN
 from smalto.errors import InputError, PathInUse
+from smalto.nn.hardware import has_fast_bf16
 from smalto.runtime import compose
 from smalto.sampling.engine import EngineConfig
 from smalto.sampling.packed import resolve_dtype
-from smalto.tokenizers.precision import has_fast_bf16
 
 CPU = torch.device("cpu")
 AUTO = resolve_dtype("auto", CPU)

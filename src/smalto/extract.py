@@ -26,9 +26,10 @@ from smalto.data.shards import CODES, IMAGES, META, read_meta
 from smalto.data.text_blocks import text_dim
 from smalto.data.transforms import to_float
 from smalto.errors import InputError
+from smalto.nn.hardware import has_fast_bf16
 from smalto.runtime import hydra_main, record_summary, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
-from smalto.tokenizers.precision import code_agreement, encode, has_fast_bf16, use_bf16
+from smalto.tokenizers.precision import code_agreement, encode, use_bf16
 from smalto.types import ReadyTokenizer
 
 log = logging.getLogger(__name__)

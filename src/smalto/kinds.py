@@ -27,7 +27,7 @@ OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("reference", "save", "to_npy", "text", "picture", "kind", "weights", "run_dir"), str),
     **dict.fromkeys(("image_size", "eval_size", "protocol.eval_size", "limit", "reference_limit", "quality"), int),
     **dict.fromkeys(("workers", "downsample_factor", "num_heads", "plan.num_images"), int),
-    **dict.fromkeys(("plan.mfu", "plan.price_per_hour"), float),
+    **dict.fromkeys(("plan.mfu", "plan.price_per_hour", "plan.network_gb_s"), float),
     **dict.fromkeys(("crop_range", "guidance_scales", "top_ps", "temperatures"), list[float]),
     "top_ks": list[int],
     "num_samples": int | list[int],

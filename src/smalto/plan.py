@@ -23,6 +23,7 @@ from smalto.planning.report import show
 from smalto.planning.sampling import SamplingPlan, plan_sampling
 from smalto.planning.schedule import find_schedule
 from smalto.planning.step import PRECISIONS, decoding_bytes
+from smalto.planning.traffic import plan_traffic
 from smalto.planning.training import Plan, plan_flops, plan_memory, plan_parameters, plan_time
 from smalto.runtime import build, hydra_main
 
@@ -105,6 +106,19 @@ def make_plan(config: DictConfig) -> Plan:
         ),
         "storage": _storage(config, data, images, source, tokens, kind),
     }
+    plan["traffic"] = plan_traffic(
+        task,
+        device,
+        trainer,
+        kind=kind,
+        strategy=strategy,
+        precision=precision,
+        devices=devices,
+        batch_size=batch,
+        frozen=frozen.values(),
+        network_gb_s=settings.network_gb_s,
+        seconds_per_step=plan["time"]["seconds_per_step"],
+    )
     callbacks = config.get("callbacks") or {}
     drawing = None
     if kind == "gpt":
@@ -159,7 +173,7 @@ def _sampling_plan(
 def _check(settings: DictConfig) -> None:
     problems = [
         f"plan.{name} is {settings[name]}, must be positive"
-        for name in ("image_kb", "crops", "sample_batch_size", "num_images", "price_per_hour")
+        for name in ("image_kb", "crops", "sample_batch_size", "num_images", "price_per_hour", "network_gb_s")
         if settings[name] is not None and settings[name] <= 0
     ]
     if settings.mfu is not None and not 0 < settings.mfu <= 1:

@@ -5,8 +5,8 @@ import time
 import torch
 
 from benchmarks.rows import Row, unmeasured
+from smalto.nn.hardware import has_fast_bf16
 from smalto.nn.peak import measured_tflops
-from smalto.tokenizers.precision import has_fast_bf16
 
 READ_BYTES = 400 * 10**6
 """Beyond every cache; as much as the float32 weights that a decode step of B streams."""

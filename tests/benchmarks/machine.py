@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from smalto.tokenizers.precision import has_fast_bf16
+from smalto.nn.hardware import has_fast_bf16
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 

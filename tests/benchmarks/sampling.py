@@ -49,8 +49,8 @@ from benchmarks.contestants import (
 )
 from benchmarks.paired import interleave, ratio
 from benchmarks.rows import Row, time_row
+from smalto.nn.hardware import has_fast_bf16
 from smalto.sampling.packed import resolve_dtype
-from smalto.tokenizers.precision import has_fast_bf16
 
 
 def row(size: str, images: int, *, rounds: int, peer: str | None, positions: int = 4) -> dict[str, object]:

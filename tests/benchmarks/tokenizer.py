@@ -35,8 +35,9 @@ from benchmarks.data import jpeg, their_center_crop
 from benchmarks.paired import interleave
 from benchmarks.rows import Row, arguments, peer_module, time_row, unmeasured
 from smalto.data.transforms import decode_image, ten_crops, to_float
+from smalto.nn.hardware import has_fast_bf16
 from smalto.tasks.official import official_name
-from smalto.tokenizers.precision import decode, encode, has_fast_bf16
+from smalto.tokenizers.precision import decode, encode
 from smalto.tokenizers.quantize import LOOKUP_ROWS, VectorQuantizer
 from smalto.tokenizers.vqgan import VQModel
 

@@ -30,7 +30,7 @@ from smalto.analysis.scaling import GPTShape
 from smalto.losses.cross_entropy import linear_cross_entropy
 from smalto.models.conditioner import ClassConditioner
 from smalto.models.gpt import GPT
-from smalto.tokenizers.precision import has_fast_bf16
+from smalto.nn.hardware import has_fast_bf16
 
 VOCABULARY, GRID, CLASSES = 16_384, 16, 1000
 PRODUCT = 2048

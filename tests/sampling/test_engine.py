@@ -167,7 +167,6 @@ def test_without_private_operators(class_gpt, monkeypatch, dtype):
     expected = sample(DecodeEngine(class_gpt, dtype=dtype, rows=7), LABELS, temperature=0)
     monkeypatch.setattr(packed, "_has_onednn", lambda dtype: False)
     monkeypatch.setattr(packed, "_has_fp16", lambda: False)
-    monkeypatch.setattr(packed, "_has_amx", lambda: False)
     assert resolve_dtype("auto", CPU) == "fp32"
     assert isinstance(packed_linear(torch.zeros(4, 4), dtype=dtype, rows=2), packed._PlainLinear)
     assert torch.equal(sample(DecodeEngine(class_gpt, dtype=dtype, rows=7), LABELS, temperature=0), expected)
@@ -206,7 +205,7 @@ def test_unknown_dtype_is_named_with_the_valid_ones():
 @pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16", "int8"])
 def test_the_recorded_dtype_is_the_one_that_computes(class_gpt, monkeypatch, dtype):
     """On a processor with fp16 kernels and without bfloat16 in hardware, ``auto`` is fp16, but not for a compiler."""
-    monkeypatch.setattr(packed, "_has_amx", lambda: False)
+    monkeypatch.setattr(packed, "bf16_units", lambda device: None)
     for compiled, engine in (
         (False, DecodeEngine(class_gpt, dtype=dtype, rows=2)),
         (True, CompiledEngine(class_gpt, dtype=dtype)),

@@ -166,6 +166,59 @@ def test_top_p_keeps_the_set_of_the_authors_in_every_row(generator, p, rows, cod
     assert different == 0, f"{different} of {rows} rows keep another set"
 
 
+def sorted_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """By a full sort with places, as on a GPU."""
+    ordered, index = torch.sort(logits, dim=-1, descending=True)
+    behind = torch.nn.functional.pad((ordered.float().softmax(-1).cumsum(-1) > p)[..., :-1], (1, 0))
+    return logits.masked_fill(torch.empty_like(behind).scatter_(-1, index, behind), -INF)
+
+
+HARD_ROWS = {
+    "flat": lambda x: 1e-3 * x,
+    "peaked": lambda x: 8 * x,
+    "extreme": lambda x: 1e37 * x,
+    "ties": lambda x: x.round(),
+    "ties of all": torch.zeros_like,
+    "two values": lambda x: (x > 0.5).to(x.dtype),
+    "both zeros": lambda x: torch.where(x > 0, 0.0, -0.0).to(x.dtype),
+    "behind top-k": lambda x: keep_top_k(x, 40),
+    "infinite": lambda x: torch.where(x > 3, INF, x),
+    "one left": lambda x: torch.where(x == x.amax(-1, keepdim=True), x, -INF),
+    "none left": lambda x: torch.full_like(x, -INF),
+    "not a number": lambda x: torch.where(x > 3, float("nan"), x),
+}
+
+
+@pytest.mark.parametrize("rows", HARD_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_top_p_keeps_the_set_of_a_full_sort_bit_for_bit(generator, rows, dtype):
+    for codes in (1, 7, 1500):
+        logits = HARD_ROWS[rows](torch.randn(12, codes, generator=generator).to(dtype))
+        for p in (1e-9, 0.1, 0.5, 0.9, 0.99, 0.999, 1 - 1e-7):
+            expected = sorted_top_p(logits, p)
+            assert torch.equal(keep_top_p(logits, p).isneginf(), expected.isneginf()), p
+            torch.testing.assert_close(keep_top_p(logits, p), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", HARD_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_top_k_keeps_the_set_of_torch_topk(generator, rows, dtype):
+    logits = HARD_ROWS[rows](torch.randn(12, 1500, generator=generator).to(dtype))
+    for k in (1, 2, 50, 1499):
+        threshold = logits.topk(k, dim=-1).values[..., -1:]
+        expected = logits.masked_fill(logits < threshold, -INF)
+        torch.testing.assert_close(keep_top_k(logits, k), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_filters_do_not_sort_places_on_a_cpu(generator, monkeypatch):
+    """A full sort of 16,384 codes with their places takes fifty times as long as everything else in a draw."""
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    logits = torch.randn(8, 16_384, generator=generator)
+    assert 8 < keep_top_p(logits, 0.9).isfinite().sum() < 8 * 16_384
+    assert keep_top_k(logits, 1000).isfinite().sum() == 8000
+
+
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-45, 1e-38, 1e-12, 1e-5, 1e-3, 1.0, 1e30, 1.7e308])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 5, "top_p": 1e-9}])
 def test_every_temperature_gives_a_code(generator, temperature, filters):

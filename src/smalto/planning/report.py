@@ -44,6 +44,7 @@ def _facts(plan: dict[str, Any]) -> Table:
         )
     )
     rows.append(("time", _time(clock, plan["precision"])))
+    rows.append(("network, host", [*_network(plan), _host(plan["traffic"]["host"])]))
     rows.append(("data", _storage(storage, clock["tokens_per_image"], plan["kind"])))
     if "sampling" in plan:
         rows.append(("sampling", [_sampling(entry) for entry in plan["sampling"]]))
@@ -83,6 +84,26 @@ def _time(clock: dict[str, Any], precision: str) -> Iterable[str]:
         f"{clock['tokens']:.3g} codes: {duration(clock['seconds'])}, {clock['device_hours']:,.4g} device hours"
         + ("" if clock["cost"] is None else f", cost {clock['cost']:,.0f}")
     )
+
+
+def _network(plan: dict[str, Any]) -> Iterable[str]:
+    if plan["devices"] == 1:
+        return
+    speed = plan["traffic"]["gb_s"]
+    for name, found in plan["traffic"]["strategies"].items():
+        labels = {"weights": "weights gathered", "gradients": "gradients reduced", "buffers": "buffers copied"}
+        parts = ", ".join(f"{label} {_giga(found[part])}" for part, label in labels.items() if found[part])
+        time = "how long is not known (plan.network_gb_s, devices.NAME.link_gb_s)"
+        if speed is not None:
+            share = f"{found['share_of_step']:.1%} of the arithmetic's"
+            time = f"{1000 * found['seconds']:.3g} ms at {speed:.4g} GB/s, {share}"
+        yield f"{name}: each device sends {_giga(found['total'])} a step ({parts}); {time}"
+
+
+def _host(found: dict[str, Any]) -> str:
+    count, interval = found["logged_numbers"], found["log_every_n_steps"]
+    losses = "a loss" if count == 1 else f"{count} losses"
+    return f"to a device {_giga(found['batch_bytes'])} of data a step; back {losses} in one copy every {interval} steps"
 
 
 def _storage(found: dict[str, Any], tokens: int, kind: str) -> Iterable[str]:
@@ -148,4 +169,6 @@ def _gib(size: float) -> str:
 
 
 def _giga(size: float) -> str:
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -49,7 +49,7 @@ def plan_sampling(
         tokenizer_bytes: weights of the tokenizer.
         decoder_bytes: activations of its decoder, see :func:`smalto.planning.step.decoding_bytes`.
     """
-    itemsize = 2 if device.bf16 and device.kind == "cuda" else 4
+    itemsize = 2 if device.bf16 else 4  # as engine.dtype=auto; float16 weights under a cache in float32 are left out
     shape = GPTShape.of(net)
     rows = images * (2 if guided else 1)
     packed = itemsize * (shape.num_layers * shape.block_weights + shape.vocab_size * shape.dim)

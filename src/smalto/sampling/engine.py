@@ -24,7 +24,8 @@ from smalto.nn.norm import RMSNorm
 from smalto.nn.whole import kept, one_by_one
 from smalto.sampling.alike import gated, gelu, norm, turned
 from smalto.sampling.autoregressive import NullCondition
-from smalto.sampling.packed import Linear, packed_linear, resolve_dtype, uniform_rows
+from smalto.sampling.coverage import check_logits, check_structure
+from smalto.sampling.packed import Linear, check_dtype, packed_linear, resolve_dtype, uniform_rows
 from smalto.tokenizers.precision import PRECISIONS
 
 
@@ -48,8 +49,7 @@ class EngineConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype != "fp16":  # whether a device has fp16 is known only with the device
-            resolve_dtype(self.dtype, torch.device("cpu"))
+        check_dtype(self.dtype)  # whether a device has fp16 is known only with the device
         if self.compile and self.dtype == "fp16":
             raise InputError(
                 "engine.compile=true cannot see into the fp16 weights of engine.dtype=fp16; "
@@ -110,10 +110,14 @@ class DecodeEngine:
         dtype: see :class:`EngineConfig`.
         rows: number of rows of a step the layout is chosen for, twice the images under guidance; None: weights in
             torch's own layout, for a compiler, without fp16.
+
+    Raises:
+        ValueError: a model that computes what the engine does not, see :mod:`smalto.sampling.coverage`.
     """
 
     @torch.no_grad()
     def __init__(self, model: GPT, *, dtype: str = "auto", rows: int | None) -> None:
+        check_structure(model)
         self.model = model
         self.num_codes = model.num_codes
         self.conditioner: NullCondition = model.conditioner
@@ -128,6 +132,7 @@ class DecodeEngine:
         self.rope = torch.view_as_complex(model.rope.float().contiguous()).unsqueeze(1)
         self.head_dim, self.num_kv_heads = model.head_dim, model.num_kv_heads
         self.num_heads = model.dim // model.head_dim
+        check_logits(model, self)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """A cache for one image per row."""

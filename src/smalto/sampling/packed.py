@@ -5,6 +5,7 @@ layouts here read them once and, in half precision, half as many bytes. The oper
 where one is missing the plain ``F.linear`` does the same.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalto.errors import InputError
+from smalto.nn.hardware import bf16_units
+
+log = logging.getLogger(__name__)
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -24,19 +28,26 @@ _INT8_COLUMNS = 32
 """The int8 kernels read past the end of rows that are no multiple of their vectors, 8 to 32 entries."""
 
 
-def resolve_dtype(name: str, device: torch.device, *, packed: bool = True) -> str:
-    """What ``auto`` means on ``device``; other names are checked and come back.
+def check_dtype(name: str) -> None:
+    """Raise ValueError for an unknown name of a dtype."""
+    if name not in DTYPES:
+        raise InputError(f"engine.dtype is {name!r}, choose one of {', '.join(DTYPES)}")
 
-    ``bf16`` where the processor multiplies bfloat16 in hardware (AMX, CUDA from Ampere on); else ``fp16`` weights
-    under float32 activations on CPUs that have the kernels (11 bits of mantissa, bfloat16 has 8); else ``fp32``.
+
+def resolve_dtype(name: str, device: torch.device, *, packed: bool = True) -> str:
+    """What ``auto`` means on ``device``, logged once per process; other names are checked and come back.
+
+    ``bf16`` where the processor multiplies bfloat16 in hardware (:func:`smalto.nn.hardware.bf16_units`), on a CPU with
+    oneDNN's kernel; else ``fp16`` weights under float32 activations on CPUs that have the kernels (11 bits of mantissa,
+    bfloat16 has 8); else ``fp32``. A bf16 row may round otherwise among other rows: whoever needs each image to be the
+    same bit for bit whatever it is drawn with asks for ``fp16`` or ``fp32`` by name.
     ``int8`` weights are never chosen by themselves: they change results visibly, and pay for one or two images only.
     Without ``packed`` weights there is no fp16.
 
     Raises:
         ValueError: an unknown name, or ``fp16`` where there is no kernel for it.
     """
-    if name not in DTYPES:
-        raise InputError(f"engine.dtype is {name!r}, choose one of {', '.join(DTYPES)}")
+    check_dtype(name)
     if name == "fp16" and not (device.type == "cpu" and _has_fp16()):
         raise InputError(
             "engine.dtype is 'fp16', which needs the FBGEMM kernels of an x86 CPU; "
@@ -44,13 +55,25 @@ def resolve_dtype(name: str, device: torch.device, *, packed: bool = True) -> st
         )
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    if _has_amx():
-        return "bf16"
-    return "fp16" if packed and _has_fp16() else "fp32"
+    dtype, reason = _fastest(device, packed=packed)
+    _say_once(f"engine.dtype=auto is {dtype} on {device.type}: {reason}")
+    return dtype
+
+
+def _fastest(device: torch.device, *, packed: bool) -> tuple[str, str]:
+    """A dtype, and why."""
+    units, on_cpu = bf16_units(device), device.type == "cpu"
+    if units is not None and (not on_cpu or _has_onednn("bf16")):
+        return "bf16", f"bfloat16 in hardware ({units})"
+    lacking = "no bfloat16 in hardware" if units is None else f"{units}, but no oneDNN kernel for it"
+    if on_cpu and packed and _has_fp16():
+        return "fp16", f"{lacking}; float16 weights"
+    return "fp32", lacking
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def packed_linear(weight: Tensor, *, dtype: str, rows: int | None) -> Linear:
@@ -205,9 +228,3 @@ def _has_int8() -> bool:
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True
-
-
-@cache
-def _has_amx() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe is not None and probe()) and _has_onednn("bf16")

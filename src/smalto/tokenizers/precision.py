@@ -6,22 +6,9 @@ import torch
 from torch import Tensor
 
 from smalto.errors import InputError
+from smalto.nn.hardware import has_fast_bf16
 
 PRECISIONS = ("fp32", "bf16", "auto")
-
-
-def has_fast_bf16(device: torch.device | str) -> bool:
-    """Whether products in bfloat16 are faster than in float32 there.
-
-    CPUs without AVX-512 or AMX units emulate them: tens of times slower (measured on a Zen 3: 10 against 90 GFLOP/s).
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        units = ("avx512_bf16", "amx_tile")  # asked by private names, which older versions of torch lack
-        return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)
-    return False
 
 
 def use_bf16(precision: str, device: torch.device | str) -> bool:
