@@ -158,10 +158,14 @@ class GPTTask(LoggedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning asks here; what it would do itself fails with fused optimizers in bf16-mixed."""
-        by_norm = gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed"
-        if gradient_clip_val and by_norm:
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and by_norm and scaler is None:
             clip_gradients(optimizer, gradient_clip_val)
-        else:
+        elif gradient_clip_val and by_norm and optimizer.defaults.get("fused"):
+            # Asked so that nothing is fetched from the device.
+            clip_gradients(optimizer, gradient_clip_val, loss_scale=scaler.scale(torch.ones((), device=self.device)))
+        else:  # of others the loss scale is off already
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @property

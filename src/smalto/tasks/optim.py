@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -46,13 +46,20 @@ def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) ->
     return factory(groups)
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
+def clip_gradients(optimizer: Optimizer, max_norm: float, *, loss_scale: Tensor | None = None) -> None:
     """Scale the gradients of an optimizer down to a global norm of ``max_norm``; of sharded ones over all shards.
 
-    Lightning's own clipping refuses fused optimizers under every mixed precision, because those of float16 carry a loss
-    scale into the step; bfloat16 has none.
+    Lightning's own clipping refuses fused optimizers under every mixed precision: those of float16 carry a loss scale
+    into the step, which is only taken off there.
+
+    Args:
+        optimizer: whose gradients.
+        max_norm: of all of them together, without the loss scale.
+        loss_scale: scalar on their device that all gradients are multiplied with; None: they are not.
     """
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm if loss_scale is None else norm / loss_scale)
 
 
 @dataclass(frozen=True)
