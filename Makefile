@@ -4,6 +4,7 @@ GPUS  ?= 8
 NODES ?= 1
 IMAGE ?= 256
 ARGS  ?=
+DEVICE ?= cuda
 PIP_ARGS ?=
 
 PY     := $(VENV)/bin/python
@@ -16,7 +17,7 @@ DATA   := $(OUT)/data
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-processors same-numbers check unit smoke bench format mlflow notebooks clean resume sample evaluate \
+.PHONY: help setup demo test test-processors same-numbers gpu-check check unit smoke bench format mlflow notebooks clean resume sample evaluate \
 	train-tokenizer-f16 train-tokenizer-f8 train-b train-l train-xl train-xxl train-3b \
 	train-t2i-xl-stage1 train-t2i-xl-stage2 ablate-tokenizer sweep-scaling
 
@@ -95,6 +96,10 @@ test-processors: $(READY) ## not in test: what computes, with each kind of kerne
 
 same-numbers: $(READY) ## BASE=REVISION [ONLY=gpt]: does this tree compute what that one does, bit by bit? Two minutes
 	@PYTHONPATH=tests $(PY) -m same_numbers base=$(or $(BASE),$(error BASE=REVISION is missing)) only=$(ONLY)
+
+gpu-check: $(READY) ## two minutes on one or two GPUs: does all work there as it should? DEVICE=cpu: the same on the CPU
+	@PYTHONPATH=tests $(PY) -m gpu_check device=$(DEVICE) out=$(OUT)/gpu_check/report.json
+	@test "$(DEVICE)" = cpu || $(PY) -m pytest -n 0 -m gpu -k "not test_gpu"
 
 bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
 	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)
