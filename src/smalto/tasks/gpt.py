@@ -233,7 +233,8 @@ class GPTTask(L.LightningModule):
 
     def _decoder(self, images: int, *, guided: bool) -> DecodeEngine:
         if self._packed is not None:
-            check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
+            held = self._packed.held_bytes
+            check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True, held=held)
             return self._packed
         check_batch(self.net, images, guided=guided, dtype=self._engine_dtype())
         decoder = self._new_decoder(rows=images * (2 if guided else 1))
@@ -245,7 +246,9 @@ class GPTTask(L.LightningModule):
 
     def _new_decoder(self, *, rows: int) -> DecodeEngine:
         net, dtype = self.net, self._engine_dtype()
-        return CompiledEngine(net, dtype=dtype) if self.engine.compile else DecodeEngine(net, dtype=dtype, rows=rows)
+        if self.engine.compiles(self.device):
+            return CompiledEngine(net, dtype=dtype)
+        return DecodeEngine(net, dtype=dtype, rows=rows)
 
     def sample_codes(
         self,
