@@ -41,8 +41,8 @@ def smalto_step(net: Any, images: int) -> Step:
     """The body of ``generate``'s loop over a model or an engine; before position 0 comes the prefill."""
     cache = net.new_cache(2 * images)
     net.prefill(torch.cat([torch.arange(images), net.conditioner.null(images)]), cache)
-    cache.keys.zero_()
-    cache.values.zero_()
+    for buffer in cache.keys + cache.values:
+        buffer.zero_()
     codes, uniforms = torch.arange(images), torch.rand(images)
 
     def step(position: int) -> Tensor:

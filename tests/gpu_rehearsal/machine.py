@@ -10,7 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from gpu_rehearsal.findings import Findings
-from gpu_rehearsal.pretend import CUDA, Beside, Device, Generator
+from gpu_rehearsal.pretend import CUDA, Beside, Device, Generator, pinned
 
 ANSWERS: dict[str, Any] = {
     "is_available": True,
@@ -109,11 +109,14 @@ def gpu(found: Findings) -> Iterator[Findings]:
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", on_cpu(_enabled)))
         stack.enter_context(mock.patch.object(torch, "get_autocast_dtype", on_cpu(_dtype)))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pinned))
+        # The compiled step has tests of its own (tests/sampling/test_compiled.py).
+        stack.enter_context(mock.patch("smalto.sampling.engine._has_triton", return_value=False))
         # Counts operators of shapes alone, with another kind of tensors that are not real.
-        stack.enter_context(mock.patch("smalto.tasks.tokenizer.forward_flops", lambda *_: 1))
+        stack.enter_context(mock.patch("smalto.tasks.tokenizer.forward_flops", return_value=1))
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
             if hasattr(torch.optim.Optimizer, name):
-                stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, lambda self: None))
+                stack.enter_context(mock.patch.object(torch.optim.Optimizer, name))
         # A parameter cannot become another kind of tensor in its place.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)

@@ -199,12 +199,6 @@ class Device(TorchFunctionMode):
             return self._to_host(func, args, kwargs)
         if func is Tensor.cpu and isinstance(args[0], OnDevice):
             return self._moved(Tensor.to, (args[0], CPU), {})
-        if func is Tensor.pin_memory:
-            pinned = args[0].clone()
-            pinned.pretended_pinned = True
-            return pinned
-        if func is Tensor.is_pinned:
-            return getattr(args[0], "pretended_pinned", False)
         if func in (Tensor.to, Tensor.cuda, Tensor.type_as):
             return self._moved(func, args, kwargs)
         if is_cuda(kwargs.get("device")) or any(map(is_cuda, args)):
@@ -265,6 +259,13 @@ class Device(TorchFunctionMode):
         result = func(*on_host[0], **on_host[1])
         grad = on_host[1].get("requires_grad", False)
         return tree_map_only(Tensor, lambda x: OnDevice(x.detach()).requires_grad_(grad), result)
+
+
+def pinned(tensor: Tensor, device: Any = None) -> Tensor:
+    """In place of ``Tensor.pin_memory``, in every thread."""
+    made = tensor.clone()
+    made.pretended_pinned = True  # type: ignore[attr-defined]
+    return made
 
 
 class Beside(TorchDispatchMode):

@@ -77,7 +77,7 @@ GPT = ["task=gpt", "model=nano", "model.dim=32", "model.num_layers=2", "model.nu
 GPT += ["tokenizer=demo", "tokenizer.base_channels=8", "tokenizer.z_channels=8", "tokenizer.quantizer.codebook_size=16"]
 GPT += ["tokenizer.quantizer.codebook_dim=4", "model.conditioner.num_classes=3", "data=synthetic_codes"]
 GPT += ["data.num_classes=3", "data.num_train=128", "data.num_val=8", "data.batch_size=4"]
-GENERATION = ["callbacks=gpt", f"callbacks.generation.every_n_steps={EVERY}", "callbacks.generation.batch_size=4"]
+GENERATION = ["callbacks=gpt", f"callbacks.generation.every_n_steps={2 * EVERY}", "callbacks.generation.batch_size=4"]
 GENERATION += [
     "callbacks.generation.num_samples=6",
     "callbacks.generation.final_num_samples=8",

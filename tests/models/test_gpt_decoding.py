@@ -74,9 +74,10 @@ def test_prefill_needs_an_empty_cache(class_gpt, generator):
 def test_cache_is_sized_by_key_and_value_heads(make_gpt):
     net = make_gpt(num_kv_heads=2).bfloat16()
     cache = net.new_cache(7)
-    # layers, batch, kv heads, condition + codes but the last, head_dim
-    assert cache.keys.shape == cache.values.shape == (2, 7, 2, 12, 8)
-    assert cache.keys.dtype == torch.bfloat16
+    assert len(cache.keys) == len(cache.values) == 2  # layers
+    for buffer in cache.keys + cache.values:
+        assert buffer.shape == (7, 2, 12, 8)  # batch, kv heads, condition + codes but the last, head_dim
+        assert buffer.dtype == torch.bfloat16
 
 
 def test_decoding_leaves_nothing_on_the_module(class_gpt, generator):

@@ -17,6 +17,7 @@ def test_a_batch_too_large_is_refused_with_the_largest_that_fits(class_gpt, monk
     check_batch(class_gpt, 11, guided=False, dtype="fp32")
     check_batch(class_gpt, 11, guided=True, dtype="fp32", packed=True)
     check_batch(class_gpt, 11, guided=True, dtype="bf16")
+    check_batch(class_gpt, 11, guided=True, dtype="fp32", held=each)
     monkeypatch.setattr(memory, "free_bytes", lambda device: packed)
     with pytest.raises(ValueError, match="not even one image fits"):
         check_batch(class_gpt, 1, guided=True, dtype="fp32")
@@ -27,7 +28,7 @@ def test_a_batch_too_large_is_refused_with_the_largest_that_fits(class_gpt, monk
 def test_the_estimate_holds_the_cache(class_gpt, text_gpt):
     for net in (class_gpt, text_gpt):
         cache = net.new_cache(2)
-        held = (cache.keys.numel() + cache.values.numel()) * 4
+        held = sum(buffer.nbytes for buffer in cache.keys + cache.values)
         assert held < bytes_per_image(net, guided=True, itemsize=4) < 2**20
 
 

@@ -9,7 +9,9 @@ import torch
 from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import EMA, averaged_weights
 from smalto.callbacks.step_seed import StepSeed
+from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
+from smalto.sampling.memory import bytes_per_image
 from smalto.tasks.optim import Schedule
 from smalto.types import SamplingConfig
 from tiny_tasks import VOCABULARY, make_codes, make_gpt_task, make_trainer
@@ -124,6 +126,27 @@ def test_a_batch_beyond_memory_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("smalto.tasks.gpt.DecodeEngine", lambda *args, **settings: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="the largest batch that fits is"):
         drawn(task, images=1000)
+
+
+def test_memory_that_a_batch_takes_over_is_counted_as_free(monkeypatch):
+    """A compiled engine keeps its cache from batch to batch."""
+    task = make_gpt_task()
+    task.configure_model()
+    task.engine = EngineConfig(dtype="fp32", compile=True)
+    monkeypatch.setattr("smalto.sampling.compiled.torch.compile", lambda function, **settings: function)
+    free = 10**6 // 4
+    monkeypatch.setattr("smalto.sampling.memory.free_bytes", lambda device: free)
+    with task.fixed_weights():
+        with pytest.raises(ValueError, match="the largest batch that fits is"):
+            drawn(task, images=1000)
+        free = 10**9
+        drawn(task, images=2)
+        assert isinstance(task._packed, CompiledEngine)
+        each = bytes_per_image(task.net, guided=True, itemsize=4)
+        free = 2 * each - task._packed.held_bytes
+        drawn(task, images=2)
+        with pytest.raises(ValueError, match="the largest batch that fits is 2 "):
+            drawn(task, images=3)
 
 
 def test_labels_that_the_model_does_not_know_are_refused():

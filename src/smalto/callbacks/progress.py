@@ -8,8 +8,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-SHOWN = ("train/loss", "train/images_per_second", "train/mfu")
-"""Metrics of training beside the bar, read when they are printed: ``prog_bar=True`` would wait for them every step."""
+SHOWN = ("train/loss", "val/loss", "val/accuracy", "train/images_per_second", "train/mfu")
+"""Metrics beside the bar, read when they are printed: ``prog_bar=True`` would wait for them every step."""
 
 
 class StepProgress(ProgressBar):

@@ -7,7 +7,9 @@ from smalto.errors import InputError
 
 
 class KVCache:
-    """Static buffers of ``max_length`` positions for all layers, filled from the front.
+    """Static buffers of ``max_length`` positions for every layer, filled from the front.
+
+    A tensor per layer: a compiler writes into a whole tensor in place, but copies one that it sees a part of.
 
     Every layer writes at ``length`` and reads the filled prefix; the model calls :meth:`advance` once per
     forward, after its last layer.
@@ -24,25 +26,23 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (batch_size, num_kv_heads, max_length, head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.max_length = max_length
+        """Positions the buffers can hold."""
         self.length = 0
         self.prefix_mask: Tensor | None = None
         """bool (B, prefix), False at padded condition tokens, which later positions must not see."""
-
-    @property
-    def max_length(self) -> int:
-        """Positions the buffers can hold."""
-        return self.keys.shape[3]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, t, D) of the next t positions; returns views of everything filled, (B, H, length + t, D)."""
         end = self.length + keys.shape[2]
         self.check(keys.shape[2])
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        all_keys, all_values = self.keys[layer], self.values[layer]
+        all_keys[:, :, self.length : end] = keys
+        all_values[:, :, self.length : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
     def check(self, more: int) -> None:
         """Raise ValueError unless ``more`` positions are left."""
@@ -55,8 +55,8 @@ class KVCache:
 
     def keep_rows(self, batch_size: int) -> None:
         """Forget all but the first rows of the batch, for instance the unconditional half."""
-        self.keys = self.keys[:, :batch_size]
-        self.values = self.values[:, :batch_size]
+        self.keys = [keys[:batch_size] for keys in self.keys]
+        self.values = [values[:batch_size] for values in self.values]
         if self.prefix_mask is not None:
             self.prefix_mask = self.prefix_mask[:batch_size]
 

@@ -1,6 +1,6 @@
 """Decode images code by code: one prefill, then one step per code, with a cache that lives only here."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,47 @@ class CausalModel(Protocol):
         ...
 
 
+class Draft:
+    """Images being written: their codes so far, and what the next are drawn with. B images of L codes.
+
+    Args:
+        uniforms: float (B, L), one for each code.
+        sampling: how codes are drawn.
+    """
+
+    def __init__(self, uniforms: Tensor, sampling: SamplingConfig) -> None:
+        self.uniforms, self.sampling = uniforms, sampling
+        self.codes = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+        self.sums = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
+        """Of the logits that each code was drawn from; looked at once, at the end."""
+
+    def draw(self, i: int, logits: Tensor) -> None:
+        """Write code ``i``, drawn from logits (B, V), or (2 B, V) under guidance."""
+        if len(logits) > len(self.codes):
+            logits = guided_logits(logits, self.sampling.cfg_scale)
+        self.sums[:, i] = logits.sum(-1)
+        self.codes[:, i] = next_codes(logits, self.uniforms[:, i], self.sampling)
+
+
+@runtime_checkable
+class WritesDrafts(Protocol):
+    """A :class:`CausalModel` that takes a step and draws from it in one, into a draft that it keeps."""
+
+    def new_draft(self, uniforms: Tensor, sampling: SamplingConfig) -> Draft:
+        """An empty draft; valid until the next one."""
+        ...
+
+    def write(self, draft: Draft, i: int, cache: KVCache) -> None:
+        """Append code ``i - 1`` to the cache and write code ``i``; guided where the cache has rows for it."""
+        ...
+
+
+def guided_logits(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: (2 B, V), conditional rows first, to (B, V)."""
+    cond, uncond = logits.chunk(2)
+    return (cond - uncond) * scale + uncond
+
+
 def uniforms_from_seeds(seeds: Tensor, count: int) -> Tensor:
     """One stream of uniforms in [0, 1) per seed, float32 (B, count) on the CPU.
 
@@ -64,7 +105,7 @@ def generate(
     half is dropped from the cache, not just ignored. The caller's tensors are left as they were.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; may be one that :class:`WritesDrafts`.
         condition: what the model's conditioner takes, B rows.
         sampling: how codes are drawn.
         uniforms: float (B, num_codes), see :func:`uniforms_from_seeds`.
@@ -83,24 +124,21 @@ def generate(
         condition_mask = None if condition_mask is None else torch.cat([condition_mask, condition_mask])
     uniforms = uniforms.to(condition.device)
     cache = model.new_cache(condition.shape[0])
-    logits = model.prefill(condition, cache, condition_mask)
-    codes: list[Tensor] = []
-    sums: list[Tensor] = []
-    for i in range(model.num_codes):
-        if guided:
-            cond, uncond = logits.chunk(2)
-            logits = (cond - uncond) * sampling.cfg_scale + uncond
-        sums.append(logits.sum(-1))
-        codes.append(next_codes(logits, uniforms[:, i], sampling))
-        if i + 1 == model.num_codes:
-            break
-        # Code i + 1 comes from decode step i; the interval counts decode steps, and prefill is always guided.
-        if guided and 0 <= sampling.cfg_interval < i:
+    writer = model if isinstance(model, WritesDrafts) else None
+    draft = writer.new_draft(uniforms, sampling) if writer else Draft(uniforms, sampling)
+    draft.draw(0, model.prefill(condition, cache, condition_mask))
+    for i in range(1, model.num_codes):
+        # Code i comes from decode step i - 1; the interval counts decode steps, and prefill is always guided.
+        if guided and 0 <= sampling.cfg_interval < i - 1:
             guided = False
             cache.keep_rows(batch_size)
-        logits = model.step(torch.cat([codes[-1]] * 2) if guided else codes[-1], cache)
-    _check_finite(torch.stack(sums, dim=1))
-    return torch.stack(codes, dim=1)
+        if writer:
+            writer.write(draft, i, cache)
+        else:
+            last = draft.codes[:, i - 1]
+            draft.draw(i, model.step(torch.cat([last, last]) if guided else last, cache))
+    _check_finite(draft.sums)
+    return draft.codes.clone()
 
 
 def _check_finite(sums: Tensor) -> None:

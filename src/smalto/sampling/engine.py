@@ -25,7 +25,7 @@ from smalto.nn.whole import kept, one_by_one
 from smalto.sampling.alike import gated, gelu, norm, turned
 from smalto.sampling.autoregressive import NullCondition
 from smalto.sampling.coverage import check_logits, check_structure
-from smalto.sampling.packed import Linear, check_dtype, packed_linear, resolve_dtype, uniform_rows
+from smalto.sampling.packed import Linear, check_dtype, constant, packed_linear, resolve_dtype, uniform_rows
 from smalto.tokenizers.precision import PRECISIONS
 
 
@@ -36,7 +36,8 @@ class EngineConfig:
     Args:
         dtype: of the transformer: ``auto`` | ``fp32`` | ``bf16`` | ``fp16`` | ``int8``, see
             :func:`smalto.sampling.packed.resolve_dtype`.
-        compile: compile the decode step, see :mod:`smalto.sampling.compiled`; not with ``fp16``.
+        compile: compile the decode step, see :mod:`smalto.sampling.compiled`; not with ``fp16``. ``auto``: on CUDA
+            devices that the compiler has code for.
         decode: of the tokenizer that turns codes into pictures: ``fp32`` | ``bf16`` | ``auto``, see
             :mod:`smalto.tokenizers.precision`; other than ``fp32`` it moves pixels, and with them metrics.
 
@@ -46,11 +47,13 @@ class EngineConfig:
 
     dtype: str = "auto"
     decode: str = "fp32"
-    compile: bool = False
+    compile: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)  # whether a device has fp16 is known only with the device
-        if self.compile and self.dtype == "fp16":
+        if self.compile not in (True, False, "auto"):
+            raise InputError(f"engine.compile is {self.compile!r}, must be auto, true or false")
+        if self.compile != "auto" and self.compile and self.dtype == "fp16":
             raise InputError(
                 "engine.compile=true cannot see into the fp16 weights of engine.dtype=fp16; "
                 "choose auto, fp32, bf16 or int8"
@@ -58,13 +61,32 @@ class EngineConfig:
         if self.decode not in PRECISIONS:
             raise InputError(f"engine.decode is {self.decode!r}, must be one of {', '.join(PRECISIONS)}")
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the decode step is compiled on ``device``."""
+        if self.compile == "auto":
+            return device.type == "cuda" and _has_triton()
+        return bool(self.compile)
+
     def computes_in(self, device: torch.device) -> str:
         """The dtype the transformer really computes in on ``device``, never ``auto``; for records and comparisons.
 
         Raises:
-            ValueError: ``fp16`` where there is no kernel for it.
+            ValueError: ``fp16`` where there is no kernel for it, ``int8`` on CUDA without compiling.
         """
-        return resolve_dtype(self.dtype, device, packed=not self.compile)
+        compiles = self.compiles(device)
+        if self.dtype == "int8" and device.type == "cuda" and not compiles:
+            raise InputError(
+                "engine.dtype=int8 without compiling would write all weights out as bf16 in every step on CUDA, which "
+                "takes longer than bf16; choose engine.dtype=bf16, or engine.compile=true where Triton is installed"
+            )
+        return resolve_dtype(self.dtype, device, packed=not compiles)
+
+
+def _has_triton() -> bool:
+    """Whether the compiler can make kernels: Triton is installed and knows the device (from Volta on)."""
+    from torch.utils._triton import has_triton
+
+    return has_triton()
 
 
 class _Layer:
@@ -90,7 +112,7 @@ def _fold(norm: RMSNorm, weights: list[Tensor], *, dtype: str, rows: int | None)
 
 def _norm_floor(norm: RMSNorm) -> Tensor:
     """sqrt(C eps): ``x / sqrt(mean(x^2) + eps)`` is ``sqrt(C) x / hypot(|x|, sqrt(C eps))``, in fewer operations."""
-    return norm.weight.new_tensor(norm.weight.numel() * norm.eps, dtype=torch.float32).sqrt()
+    return constant(norm.weight.new_tensor(norm.weight.numel() * norm.eps, dtype=torch.float32).sqrt())
 
 
 class DecodeEngine:
@@ -133,6 +155,11 @@ class DecodeEngine:
         self.head_dim, self.num_kv_heads = model.head_dim, model.num_kv_heads
         self.num_heads = model.dim // model.head_dim
         check_logits(model, self)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of a cache that is kept for the next batch: none."""
+        return 0
 
     def new_cache(self, batch_size: int) -> KVCache:
         """A cache for one image per row."""

@@ -35,7 +35,7 @@ def free_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
-def check_batch(model: GPT, images: int, *, guided: bool, dtype: str, packed: bool = False) -> None:
+def check_batch(model: GPT, images: int, *, guided: bool, dtype: str, packed: bool = False, held: int = 0) -> None:
     """Raise ValueError when ``images`` and a packed copy of the weights need more memory than is free.
 
     Args:
@@ -44,11 +44,13 @@ def check_batch(model: GPT, images: int, *, guided: bool, dtype: str, packed: bo
         guided: with an unconditional row per image.
         dtype: resolved, of the engine.
         packed: the copy of the weights is there already.
+        held: bytes of an earlier batch that this one takes over.
     """
     device = model.token_embedding.weight.device
     free = free_bytes(device)
     if free is None:
         return
+    free += held
     weights = sum(p.numel() for p in model.blocks.parameters()) + model.output.weight.numel()
     copy = 0 if packed else weights * BYTES_PER_WEIGHT[dtype]
     each = bytes_per_image(model, guided=guided, itemsize=2 if dtype == "bf16" else 4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.nn.hardware import bf16_units
@@ -97,9 +97,14 @@ def packed_linear(weight: Tensor, *, dtype: str, rows: int | None) -> Linear:
     return _PlainLinear(weight)
 
 
+def constant(x: Tensor) -> nn.Parameter:
+    """``x`` as what a compiler knows to stay where it is: a CUDA graph copies any other input in every replay."""
+    return nn.Parameter(x, requires_grad=False)
+
+
 class _PlainLinear:
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        self.weight = constant(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -154,8 +159,8 @@ class _Int8Linear:
         scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         quantized = (weight / scale.unsqueeze(1)).round().to(torch.int8)
         self.more = -weight.shape[1] % _INT8_COLUMNS if fused else 0
-        self.weight = F.pad(quantized, (0, self.more)).contiguous()
-        self.scale = scale.to(torch.bfloat16)
+        self.weight = constant(F.pad(quantized, (0, self.more)).contiguous())
+        self.scale = constant(scale.to(torch.bfloat16))
         self.fused = fused
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class GPTTask(LoggedModule):
     ) -> None:
         """Lightning asks here; what it would do itself fails with fused optimizers in bf16-mixed."""
         by_norm = gradient_clip_algorithm in (None, "norm")
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
         if gradient_clip_val and by_norm and scaler is None:
             clip_gradients(optimizer, gradient_clip_val)
         elif gradient_clip_val and by_norm and optimizer.defaults.get("fused"):
@@ -212,7 +212,7 @@ class GPTTask(LoggedModule):
         loss, logits = self._loss(batch)
         accuracy = (logits.argmax(-1) == batch["codes"]).float().mean()
         metrics = {"val/loss": loss, "val/accuracy": accuracy}
-        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["codes"]))
+        self.log_dict(metrics, sync_dist=True, batch_size=len(batch["codes"]))
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:
@@ -243,7 +243,8 @@ class GPTTask(LoggedModule):
 
     def _decoder(self, images: int, *, guided: bool) -> DecodeEngine:
         if self._packed is not None:
-            check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True)
+            held = self._packed.held_bytes
+            check_batch(self.net, images, guided=guided, dtype=self._packed.dtype, packed=True, held=held)
             return self._packed
         check_batch(self.net, images, guided=guided, dtype=self._engine_dtype())
         decoder = self._new_decoder(rows=images * (2 if guided else 1))
@@ -255,7 +256,9 @@ class GPTTask(LoggedModule):
 
     def _new_decoder(self, *, rows: int) -> DecodeEngine:
         net, dtype = self.net, self._engine_dtype()
-        return CompiledEngine(net, dtype=dtype) if self.engine.compile else DecodeEngine(net, dtype=dtype, rows=rows)
+        if self.engine.compiles(self.device):
+            return CompiledEngine(net, dtype=dtype)
+        return DecodeEngine(net, dtype=dtype, rows=rows)
 
     def sample_codes(
         self,
