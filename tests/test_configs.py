@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 
 from smalto.runtime import build, compose, conf_dir
+from smalto.train import chosen
 
 CONF = Path(conf_dir())
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -92,6 +94,37 @@ def test_vocabulary_and_grid_follow_the_tokenizer():
 def test_an_explicit_choice_beats_the_experiment():
     config = compose("train", ["experiment=demo_gpt", "model=mini", "run_dir=x"])
     assert config.model.dim == 384
+
+
+@pytest.mark.parametrize(("model", "scale"), [("b", 2.0), ("l", 2.0), ("xl", 1.75), ("xxl", 1.75), ("3b", 1.65)])
+def test_generators_of_the_paper_are_measured_as_the_paper_does(model, scale):
+    config = compose("train", ["experiment=c2i_384", f"model={model}", "paths.adm_reference=adm.npz"])
+    generation = OmegaConf.to_container(config.callbacks.generation, resolve=True)
+    assert generation["sampling"]["cfg_scale"] == scale
+    assert generation["eval_size"] == 256
+    assert (generation["rounding"], generation["labels"]) == ("truncate", "random")
+    assert generation["reference_file"] == "adm.npz"
+    assert generation["features"]["_target_"].endswith("InceptionFeatures")
+    assert generation["final_num_samples"] == 50_000
+    assert config.task.compile
+
+
+def test_tokenizers_of_the_paper_are_trained_and_measured_as_the_paper_does():
+    config = compose("train", ["experiment=tokenizer_f16"])
+    assert config.task.perceptual.net == "vgg"
+    reconstruction = config.callbacks.reconstruction
+    assert reconstruction.features._target_.endswith("InceptionFeatures")
+    assert (reconstruction.rounding, reconstruction.ssim_data_range) == ("truncate", 2.0)
+
+
+def test_what_the_authors_do_otherwise_has_a_name():
+    config = compose("train", ["experiment=tokenizer_f16", "ablation=authors_optimizer"])
+    optimizer = build(config.task.optimizer)([torch.nn.Parameter(torch.ones(2))])
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["weight_decay"] == 0
+    assert list(optimizer.defaults["betas"]) == [0.9, 0.95]
+    config = compose("train", ["experiment=c2i_256", "ablation=raw_weights"])
+    assert not any(node["_target_"].endswith(".EMA") for node in chosen(config.callbacks))
 
 
 def test_run_names_of_a_scaling_sweep_differ():

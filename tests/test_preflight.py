@@ -27,6 +27,32 @@ def test_a_paper_preset_on_a_bare_machine_says_what_to_do(experiment, tmp_path, 
     assert not list(tmp_path.iterdir()), "something was written before the check"
 
 
+@pytest.mark.parametrize(
+    ("experiment", "file", "way_out"),
+    [
+        ("tokenizer_f16", "vgg16-397923af.pth", "perceptual=squeeze_caffe"),
+        ("tokenizer_f16", "weights-inception-2015-12-05-6726825d.pth", "features=lite0"),
+        ("c2i_384", "weights-inception-2015-12-05-6726825d.pth", "features=lite0"),
+    ],
+)
+def test_networks_of_the_paper_are_not_replaced_in_silence(experiment, file, way_out, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+
+    def told(*words: str) -> str:
+        config = compose("train", [f"experiment={experiment}", f"run_dir={tmp_path}/run", *words])
+        with pytest.raises(ValueError, match=r"no GPU here|no image shards|no code shards") as raised:
+            preflight(OmegaConf.to_container(config, resolve=True))
+        return str(raised.value)
+
+    assert file in told()
+    assert way_out in told()
+    assert file not in told(way_out)
+    place = tmp_path / "hub" / "hub" / "checkpoints" / file
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert file not in told()
+
+
 def labelled(tmp_path, num_classes, *, known):
     meta = {"format": "smalto-codes", "version": 1, "splits": {}, "num_classes": num_classes}
     (tmp_path / "meta.json").write_text(json.dumps(meta))

@@ -28,6 +28,7 @@ from smalto.metrics.reference import Reference
 from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
+from smalto.nn.tf32 import tf32_allowed
 from smalto.runtime import build, hydra_main, record
 from smalto.tasks.checkpoint import load_task
 
@@ -111,7 +112,7 @@ def counts(config: DictConfig, at_hand: int | None = None) -> list[int]:
 def measure(job: Job, networks: Networks, saved: SavedPictures | None) -> list[Measured]:
     """All rows; other ranks than the first may get none."""
     config, loaded, features = job.config, job.loaded, networks.features
-    job.protocol |= {"protocol": config.protocol.name, "features": features.name}
+    job.protocol |= {"protocol": config.protocol.name, "features": features.name, "tf32": tf32_allowed()}
     if loaded is not None:
         loaded.task.to(job.device)
         loaded.task.engine = build(config.engine)

@@ -27,6 +27,7 @@ from smalto.data.text_blocks import text_dim
 from smalto.data.transforms import to_float
 from smalto.errors import InputError
 from smalto.nn.hardware import has_fast_bf16
+from smalto.nn.tf32 import tf32_allowed
 from smalto.runtime import hydra_main, record_summary, wanted_device
 from smalto.tasks.checkpoint import load_tokenizer
 from smalto.tokenizers.precision import code_agreement, encode, use_bf16
@@ -212,6 +213,7 @@ def extract_codes(
                     "images": {"path": str(data), "sha256": images_sha256},
                     "text": None if text is None else {"path": str(text), "dim": text_dim(folder.path, splits)},
                     "dtype": dtype,
+                    "tf32": tf32_allowed(),
                     "smalto_version": __version__,
                 }
             )

@@ -9,6 +9,8 @@ import torch
 
 from smalto.data.shards import CODES, read_meta
 from smalto.errors import InputError
+from smalto.losses.perceptual import VGG_URL, vgg_cache_path
+from smalto.metrics.inception import INCEPTION_URL, inception_cache_path
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             "training reads shards that smalto has written",
             extract(plain) if codes else prepare(data),
         )
+    yield from networks(plain)
     yield from classes(plain)
     begun = any((Path(plain["run_dir"]) / "checkpoints").glob("step_*"))  # its own weights count, init_from no more
     for key, rule, command in (
@@ -81,6 +84,29 @@ def files(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     ):
         if plain[key] != "last" and missing(plain[key]) and not (begun and key == "init_from"):
             yield f"no checkpoint at {plain[key]} ({key})", rule, command
+
+
+def networks(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Weight files of networks that are asked for by name; ``auto`` does without."""
+    callbacks = [node for node in (plain.get("callbacks") or {}).values() if node and node.get("_target_")]
+    features: dict[str, Any] = next((node["features"] for node in callbacks if node.get("features")), {})
+    if features.get("_target_", "").endswith("InceptionFeatures") and not features.get("download"):
+        file = features.get("weights") or str(inception_cache_path())
+        if missing(file):
+            yield (
+                f"no Inception weights at {file} (features=inception)",
+                "published FID is of this network; features=lite0 has another, whose numbers compare with its own only",
+                f"fetch {INCEPTION_URL} to that place, or features.download=true",
+            )
+    task = plain["task"]
+    perceptual = (task.get("perceptual") or {}) if task.get("perceptual_weight") else {}
+    file = perceptual.get("weights") or str(vgg_cache_path())
+    if perceptual.get("net") == "vgg" and missing(file):
+        yield (
+            f"no VGG16 weights at {file} (perceptual=vgg)",
+            "LPIPS of the paper is on this network; perceptual=squeeze_caffe trains with another, without any file",
+            f"fetch {VGG_URL} to that place",
+        )
 
 
 def classes(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

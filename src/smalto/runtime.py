@@ -29,6 +29,7 @@ from smalto.data.ranks import leads
 from smalto.endings import FULL, told
 from smalto.errors import InputError, printable
 from smalto.kinds import check_kinds, root_kinds
+from smalto.nn.tf32 import set_tf32
 from smalto.signals import begin_work
 from smalto.sweeps.jobs import run_job
 from smalto.sweeps.names import current_job_name
@@ -167,6 +168,7 @@ class Command:
                 keep_freed_memory()
             try:
                 check(config, self.verb)
+                set_tf32(bool(config.get("tf32", False)))
                 # A function that was decorated has the command in its place by now.
                 result = inspect.unwrap(getattr(import_module(self.module), self.function))(config)
                 record_pending(config)

@@ -27,7 +27,7 @@ class DeviceError(RuntimeError):
 
 
 def place() -> str:
-    """Nearest line of smalto, as ``file.py:function:line``; where only its commands are near, of whoever called torch."""
+    """Nearest line of smalto, ``file.py:function:line``; where only its commands are near, of who called torch."""
     frame: FrameType | None = sys._getframe(1)
     other = ""
     while frame is not None:

@@ -50,7 +50,7 @@ ALWAYS = {
 """Options that are part of cases without being named: pattern of ``file.key``, and where."""
 
 NOT_HERE = {
-    "task/*.compile": "compilers look into tensors that are no tensors of theirs; tests of tasks and engine count graphs",
+    "task/*.compile": "compilers take no tensors that pretend; tests of the tasks and of the engine count graphs",
     "strategy/*": "one device is pretended; tests/test_collectives.py records what two processes exchange",
     "trainer/default.accelerator": "the pretended one",
     "trainer/default.devices": "one",

@@ -2,8 +2,10 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from smalto.callbacks.checkpoint import LatestCheckpoint
 from smalto.callbacks.ema import averaged_weights
 from smalto.callbacks.pictures import log_picture, log_values
 from smalto.data.images import ImageShards
+from smalto.data.transforms import Rounding, to_pixels
 from smalto.errors import InputError, MissingFile
 from smalto.evaluation.references import find_reference
 from smalto.metrics.features import FeatureExtractor
@@ -22,6 +25,7 @@ from smalto.metrics.reference import Reference
 from smalto.metrics.rules import Rules
 from smalto.metrics.scores import Scores
 from smalto.metrics.suite import GenerationMetrics
+from smalto.nn.tf32 import without_tf32
 from smalto.sampling.requests import LabelKind, balanced_labels, image_seeds, wanted_labels
 from smalto.sampling.service import draw_images, fixed_weights
 from smalto.sampling.sheet import image_sheet
@@ -50,6 +54,8 @@ class Generation(L.Callback):
         cache_dir: where measured statistics of the real side are kept for the next run; None measures in every run.
         labels: ``balanced`` goes round the classes, ``random`` draws them as the authors do.
         rules: how the metrics are computed.
+        eval_size: side at which images are measured, those of both sides resized to it; None: as they are.
+        rounding: of pixels, see :func:`smalto.data.transforms.to_pixels`.
         batch_size: images decoded together, per process.
         cfg_scales: guidance scales to compare; metric names then start with ``gen/cfgSCALE/``. None uses the one of
             ``sampling`` and names start with ``gen/``.
@@ -71,6 +77,8 @@ class Generation(L.Callback):
         cache_dir: str | Path | None = None,
         labels: LabelKind = "balanced",
         rules: Rules | None = None,
+        eval_size: int | None = None,
+        rounding: Rounding = "nearest",
         batch_size: int = 100,
         cfg_scales: Sequence[float] | None = None,
         sheet_classes: int = 10,
@@ -87,6 +95,10 @@ class Generation(L.Callback):
         self.cache_dir = cache_dir
         self.labels: LabelKind = labels
         self.rules = rules or Rules()
+        self.eval_size = eval_size
+        self.rounding: Rounding = rounding
+        if eval_size is not None:
+            reference.image_size = eval_size
         self.batch_size = batch_size
         self.cfg_scales = cfg_scales
         self.sheet_classes = sheet_classes
@@ -115,6 +127,12 @@ class Generation(L.Callback):
                 "with labels and val_fraction > 0"
             )
         self.num_classes: int = self.reference.num_classes
+        if self.reference_file is None and self.features.name == "inception":
+            log.info(
+                "FID is measured against the validation images of %s; published numbers are against ADM's file: "
+                "callbacks.generation.reference_file=FILE",
+                getattr(self.reference, "path", "the reference"),
+            )
         if self.reference_file is not None and not Path(self.reference_file).exists():
             raise MissingFile(f"callbacks.generation.reference_file={self.reference_file} is not there")
 
@@ -169,7 +187,12 @@ class Generation(L.Callback):
         elsewhere = sorted(name for name, p in pl_module.named_parameters() if p.device != device)
         assert not elsewhere, f"the run computes on {device}; not there are {', '.join(elsewhere[:3])}, ..."
         self.metrics = {}
-        with averaged_weights(trainer, pl_module.net), fixed_weights(pl_module):
+        with (
+            without_tf32(),
+            self._pixels(pl_module),
+            averaged_weights(trainer, pl_module.net),
+            fixed_weights(pl_module),
+        ):
             for scale in self.cfg_scales or [self.sampling.cfg_scale]:
                 prefix = f"gen/cfg{scale}/" if self.cfg_scales else "gen/"
                 sampling = replace(self.sampling, cfg_scale=scale)
@@ -183,6 +206,16 @@ class Generation(L.Callback):
             table = ", ".join(f"{key.removeprefix('gen/')} {value:.4g}" for key, value in self.metrics.items())
             seconds = time.perf_counter() - start
             log.info("step %d, %s samples in %.0f s: %s", trainer.global_step, list(tiers), seconds, table)
+
+    @contextmanager
+    def _pixels(self, pl_module: Any) -> Iterator[None]:
+        """Pictures as the protocol makes them: resized before they are rounded."""
+        before = pl_module.to_pixels
+        pl_module.to_pixels = partial(to_pixels, size=self.eval_size, rounding=self.rounding)
+        try:
+            yield
+        finally:
+            pl_module.to_pixels = before
 
     def _sheet(self, trainer: L.Trainer, pl_module: Any, sampling: SamplingConfig, name: str) -> None:
         classes = range(min(self.sheet_classes, self.num_classes))

@@ -1,6 +1,7 @@
 """How well the tokenizer rebuilds validation images: rFID, PSNR, SSIM, LPIPS, codebook usage, a sheet of pairs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smalto.callbacks.pictures import log_picture
+from smalto.data.transforms import Rounding, to_pixels
 from smalto.metrics.features import FeatureExtractor
 from smalto.metrics.reconstruction import ReconstructionMetrics
 from smalto.sampling.sheet import image_sheet
@@ -22,6 +24,7 @@ class Reconstruction(L.Callback):
         perceptual: makes the network behind LPIPS, whose name is the metric's; it is not the one that trains, which an
             ablation may have switched off. None leaves LPIPS out.
         ssim_data_range: 1 for images in [0, 1]; the paper's numbers were made with 2.
+        rounding: of pixels, see :func:`smalto.data.transforms.to_pixels`.
         sheet_pairs: originals, and their reconstructions below, on the sheet.
     """
 
@@ -31,17 +34,20 @@ class Reconstruction(L.Callback):
         features: FeatureExtractor,
         perceptual: Callable[[], Any] | None = None,
         ssim_data_range: float = 1.0,
+        rounding: Rounding = "nearest",
         sheet_pairs: int = 16,
     ) -> None:
         self.features = features
         self.perceptual = perceptual or None  # {} is how a config says none
         self.ssim_data_range = ssim_data_range
+        self.rounding: Rounding = rounding
         self.sheet_pairs = sheet_pairs
         self._metrics: ReconstructionMetrics | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Empty all sums; the originals' features are kept from the first validation."""
+        pl_module.to_pixels = partial(to_pixels, rounding=self.rounding)
         if self._metrics is None:
             with torch.random.fork_rng(devices=[]):  # building a network draws numbers that training would get
                 network = None if self.perceptual is None else self.perceptual().to(pl_module.device).eval()

@@ -1,6 +1,7 @@
 """No validation is left out: not after a restart, and not at the end."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning as L
 
 from smalto.callbacks.checkpoint import is_last_step
 from smalto.files import write_json
+from smalto.nn.tf32 import without_tf32
 
 NOTE = "validated.json"
 """File in the folder of a run: step and values of its newest validation."""
@@ -29,6 +31,7 @@ class Validation(L.Callback):
         """Step of the newest validation that is known."""
         self.metrics: dict[str, float] = {}
         """Its values, in the first process."""
+        self._exact = ExitStack()
 
     def is_done(self, trainer: L.Trainer) -> bool:
         """Whether the current step was validated, by this process or before it was interrupted; all must ask."""
@@ -62,8 +65,17 @@ class Validation(L.Callback):
         if is_last_step(trainer):
             trainer.should_stop = True
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """In float32 proper, as ``smalto evaluate``, whatever training allows."""
+        self._exact.enter_context(without_tf32())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Allow again what was allowed."""
+        self._exact.close()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Note what was validated; its row is with the loggers by now."""
+        self._exact.close()
         self.step = trainer.global_step
         if trainer.is_global_zero:
             values = trainer.callback_metrics.items()

@@ -205,10 +205,11 @@ class CodeWriter:
                 f"the tokenizer gave codes of shape {tuple(codes.shape)} for {len(crops)} images of "
                 f"{self._image_size} pixels; its code_shape says {self._num_tokens} codes each"
             )
-        lowest, highest = int(codes.min()), int(codes.max())
+        found = codes.cpu().numpy()  # the one wait for the device
+        lowest, highest = int(found.min()), int(found.max())
         if lowest < 0 or highest >= self._codebook_size:
             raise InputError(
                 f"the tokenizer gave codes from {lowest} to {highest}; its codebook has {self._codebook_size}"
             )
-        stored = codes.cpu().numpy().astype(code_dtype(self._codebook_size))
+        stored = found.astype(code_dtype(self._codebook_size))
         return stored.reshape(-1, self._num_crops, self._num_tokens)

@@ -48,9 +48,11 @@ def to_uint8(image: "Tensor", rounding: Literal["nearest", "truncate"] = "neares
     raise InputError(f"rounding is {rounding!r}; it must be nearest or truncate")
 
 
-def to_pixels(
-    image: "Tensor", *, size: int | None = None, rounding: Literal["nearest", "truncate"] = "nearest"
-) -> "Tensor":
+Rounding = Literal["nearest", "truncate"]
+"""Of pixels: to the nearest, or 127.5 x + 128 cut off, as the authors do."""
+
+
+def to_pixels(image: "Tensor", *, size: int | None = None, rounding: Rounding = "nearest") -> "Tensor":
     """Float pictures (B, 3, H, W), about [-1, 1], to uint8, resized before rounding if asked.
 
     Args:
