@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from smalto import __version__
 from smalto.callbacks.mlflow_logger import MLFlowLogger
+from smalto.data.ranks import agreed
+from smalto.errors import InputError
 from smalto.redact import redacted
 from smalto.tasks.contents import CONFIG_KEY
 
@@ -37,6 +39,14 @@ def git_commit() -> str:
         return "unknown"
 
 
+def networks(trainer: L.Trainer, pl_module: Any) -> list[str]:
+    """Names of the frozen networks behind metrics and losses of a run."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback.features.name for callback in callbacks if hasattr(callback, "features")]
+    perceptual = getattr(pl_module, "perceptual", None)
+    return [*found, *([] if perceptual is None else [perceptual.name])]
+
+
 class Provenance(L.Callback):
     """Writes and logs the origin of a run.
 
@@ -49,8 +59,24 @@ class Provenance(L.Callback):
         self.config = redacted(config)
         self.kind = kind
 
-    @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See that all processes compute with the same networks, then write the origin down."""
+        mine = networks(trainer, pl_module)
+        first = trainer.strategy.broadcast(mine)
+
+        def compared() -> None:
+            if mine != first:
+                raise InputError(
+                    f"this process would measure and train with {', '.join(mine)}, the first one with "
+                    f"{', '.join(first)}: features=auto and perceptual=auto choose by the weight files of a machine; put "
+                    "the same files on all, or name the networks: features=lite0 perceptual=squeeze_caffe"
+                )
+
+        agreed(compared, world_size=trainer.world_size)
+        self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log parameters and versions, and print what is about to happen."""
         folder = Path(trainer.default_root_dir)
         origin = {

@@ -167,9 +167,10 @@ class ShardedStrategy(ModelParallelStrategy):
             else:
                 dcp.save(tensors, storage_writer=ShardWriter(path))
 
+    @property
     def still_saving(self) -> bool:
-        """Whether some process still writes what is no checkpoint yet; to be asked by all at the same step."""
-        return self.reduce_boolean_decision(self._saving is not None and not self._saving.done(), all=False)
+        """Whether this process still writes what is no checkpoint yet."""
+        return self._saving is not None and not self._saving.done()
 
     def finish_saving(self) -> None:
         """Wait until this process, and with it the coordinating one, has written.
