@@ -30,12 +30,12 @@ def phases(found: Findings) -> Iterator[None]:
     """Tell ``found`` what a training does, by the hooks that Lightning calls."""
     original = call._call_callback_hooks
 
-    def phase_of(step: int) -> str:
-        return EVENT if step < SETTLED or (step + 1) % EVERY == 0 or step + 1 >= STEPS else QUIET
+    def phase_of(step: int, last: int) -> str:
+        return EVENT if step < SETTLED or (step + 1) % EVERY == 0 or step + 1 >= last else QUIET
 
     def hooks(trainer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "on_train_batch_start":
-            found.phase = phase_of(trainer.global_step)
+            found.phase = phase_of(trainer.global_step, trainer.max_steps)
         elif name == "on_validation_batch_start":
             found.phase = VALIDATION
         elif name in ("on_validation_start", "on_validation_epoch_end"):

@@ -31,7 +31,7 @@ ALWAYS = {
     "task/*.tokenizer_ckpt": "in the cases of generation",
     "task/tokenizer.gradient_clip_val": "off in every case, as the task clips by itself",
     "trainer/default.gradient_clip_val": "on in every case of gpt",
-    "discriminator/stylegan*": "in tokenizer_adaptive",
+    "discriminator/stylegan*": "in tokenizer_stylegan",
     "task/_optimizer.*": "AdamW with its numbers, in every case",
     "task/_schedule.*": "constant in every case, cosine in gpt_options",
     "callbacks/_common.*": "in every case",

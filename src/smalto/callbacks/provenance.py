@@ -68,8 +68,8 @@ class Provenance(L.Callback):
             if mine != first:
                 raise InputError(
                     f"this process would measure and train with {', '.join(mine)}, the first one with "
-                    f"{', '.join(first)}: features=auto and perceptual=auto choose by the weight files of a machine; put "
-                    "the same files on all, or name the networks: features=lite0 perceptual=squeeze_caffe"
+                    f"{', '.join(first)}: features=auto and perceptual=auto choose by the weight files of a machine; "
+                    "put the same files on all, or name the networks: features=lite0 perceptual=squeeze_caffe"
                 )
 
         agreed(compared, world_size=trainer.world_size)
