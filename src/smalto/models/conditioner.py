@@ -27,6 +27,8 @@ class ClassConditioner(nn.Module):
         self.num_tokens = 1
         self.drop_prob = drop_prob
         self.embedding = nn.Embedding(num_classes + 1, dim)
+        self.unused: list[str] = []
+        """See :attr:`TextConditioner.unused`."""
 
     def forward(self, label: Tensor) -> Tensor:
         """Int64 (B,) in [0, num_classes], the last being null, to (B, 1, dim)."""
@@ -72,6 +74,11 @@ class TextConditioner(nn.Module):
         """Of the null features at the start, so that they have about unit length."""
         self.null_features = nn.Parameter(torch.empty(num_tokens, text_dim), requires_grad=train_null)
         nn.init.normal_(self.null_features, std=self.null_std)
+
+    @property
+    def unused(self) -> list[str]:
+        """Parameters that get no gradient in training; they stay in checkpoints and optimizers."""
+        return ["null_features"] if self.drop_prob == 0 and self.null_features.requires_grad else []
 
     def forward(self, text: Tensor) -> Tensor:
         """Float (B, num_tokens, text_dim), left padded with zeros, to (B, num_tokens, dim)."""
