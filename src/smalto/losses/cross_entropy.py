@@ -18,7 +18,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, row
         hidden: (N, C), any float dtype; under autocast the products run in its dtype.
         weight: (V, C) of a linear layer without bias.
         targets: int64 (N,).
-        rows: at least 1.
+        rows: at least 1. In float16 ``rows`` times the largest value of ``hidden`` must stay below 65504, which holds
+            the sums over rows; 512 rows and normed values leave a factor of 5.
 
     Returns:
         Scalar, float32 (float64 stays). It can be differentiated once.

@@ -143,6 +143,7 @@ class GPT(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it would cut every block again, wherever DDP's buckets end
         compiled = torch.compile(TransformerBlock.compute, fullgraph=True)
         for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
             block.compiled = compiled
 
     def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
