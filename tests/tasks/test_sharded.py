@@ -205,9 +205,22 @@ def test_a_run_goes_on_under_another_strategy(ranks):
 def test_saving_beside_training_writes_the_same(ranks):
     folder, _, _ = ranks
 
+    class NotByTheDevice(ShardedStrategy):
+        asked = 0
+
+        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+            raise AssertionError("processes ask each other on the device, in every step while one writes")
+
+        def still_saving(self) -> bool:
+            self.asked += 1
+            return super().still_saving()
+
     def run(rank: int) -> list[float]:
         options = {"task": make_task(loss_rows=16, recompute_every=1), "accumulate_grad_batches": 2}
-        return fit(folder / "beside", steps=6, sharded=True, strategy=ShardedStrategy(async_save=True), **options)[1]
+        strategy = NotByTheDevice(async_save=True)
+        losses = fit(folder / "beside", steps=6, sharded=True, strategy=strategy, **options)[1]
+        assert strategy.asked
+        return losses
 
     losses = run_ranks(run, 2)
     assert losses[0] == ranks[1][0]["losses"]

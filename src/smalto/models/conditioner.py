@@ -34,7 +34,7 @@ class ClassConditioner(nn.Module):
         """Int64 (B,) in [0, num_classes], the last being null, to (B, 1, dim)."""
         if self.training and self.drop_prob > 0:
             dropped = torch.rand(label.shape, device=label.device) < self.drop_prob
-            label = torch.where(dropped, self.num_classes, label)
+            label = label.masked_fill(dropped, self.num_classes)
         return self.embedding(label).unsqueeze(1)
 
     def null(self, batch_size: int) -> Tensor:
@@ -43,10 +43,12 @@ class ClassConditioner(nn.Module):
 
     def check(self, condition: Tensor) -> None:
         """Raise ValueError for labels the model has not got; done where labels come from a user, not per step."""
-        if condition.numel() and not (int(condition.min()) >= 0 and int(condition.max()) < self.num_classes):
+        if not condition.numel():
+            return
+        lowest, highest = torch.stack(condition.aminmax()).tolist()
+        if lowest < 0 or highest >= self.num_classes:
             raise InputError(
-                f"labels run from {int(condition.min())} to {int(condition.max())}, "
-                f"the model knows classes 0 to {self.num_classes - 1}"
+                f"labels run from {lowest} to {highest}, the model knows classes 0 to {self.num_classes - 1}"
             )
 
 
