@@ -44,3 +44,19 @@ def test_under_autocast_products_are_bfloat16_and_the_loss_is_not():
     assert gradient.dtype == torch.float32
     # rounding of the products: 2^-8 of gradients of at most 0.15
     torch.testing.assert_close(gradient, torch.autograd.grad(plain, weight)[0], rtol=0.02, atol=1e-3)
+
+
+def test_in_float16_nothing_is_lost_below_its_range():
+    """Probabilities of 1/V over N rows are 2^-24 here, where float16 ends; the loss scale comes afterwards."""
+    rows, vocabulary, scale = 1024, 16384, 2.0**16
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, C, generator=generator).requires_grad_()
+    weight = (0.02 * torch.randn(vocabulary, C, generator=generator)).half().float().requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, targets, rows=256)
+    found = torch.autograd.grad(scale * loss, (hidden, weight))
+    exact = hidden.detach().half().double().requires_grad_(), weight.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(scale * F.cross_entropy(exact[0] @ exact[1].T, targets), exact)
+    for gradient, right in zip(found, wanted, strict=True):
+        assert (gradient - right).norm() < 2**-10 * right.norm()

@@ -43,6 +43,17 @@ def test_validation_needs_no_training_mode_and_draws_nothing(tmp_path):
     assert first == trainer.validate(task, make_codes(), verbose=False)
 
 
+def test_validation_computes_in_float32_whatever_training_does(tmp_path):
+    task = make_gpt_task()
+    task.configure_model()
+    torch.nn.init.normal_(task.net.output.weight)
+
+    def validated(precision: str) -> list:
+        return make_trainer(tmp_path, precision=precision).validate(task, make_codes(), verbose=False)
+
+    assert validated("bf16-mixed") == validated("32-true")
+
+
 def test_training_after_sampling_and_sampling_twice(tmp_path):
     task = make_gpt_task()
     make_trainer(tmp_path, max_steps=3).fit(task, make_codes())

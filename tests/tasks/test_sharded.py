@@ -205,9 +205,22 @@ def test_a_run_goes_on_under_another_strategy(ranks):
 def test_saving_beside_training_writes_the_same(ranks):
     folder, _, _ = ranks
 
+    class NotByTheDevice(ShardedStrategy):
+        asked = 0
+
+        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+            raise AssertionError("processes ask each other on the device, in every step while one writes")
+
+        def still_saving(self) -> bool:
+            self.asked += 1
+            return super().still_saving()
+
     def run(rank: int) -> list[float]:
         options = {"task": make_task(loss_rows=16, recompute_every=1), "accumulate_grad_batches": 2}
-        return fit(folder / "beside", steps=6, sharded=True, strategy=ShardedStrategy(async_save=True), **options)[1]
+        strategy = NotByTheDevice(async_save=True)
+        losses = fit(folder / "beside", steps=6, sharded=True, strategy=strategy, **options)[1]
+        assert strategy.asked
+        return losses
 
     losses = run_ranks(run, 2)
     assert losses[0] == ranks[1][0]["losses"]
@@ -306,6 +319,72 @@ def test_dropout_is_the_same_in_every_run_on_as_many_processes(tmp_path):
     assert first[0] == first[1]
     without = fit(tmp_path / "c", steps=4)[1]
     assert first[0][1:] != pytest.approx(without[1:], abs=1e-4)
+
+
+class Gathers(L.Callback):
+    """Notes how often shards are gathered in each step, and whether anything stays whole where weights may change."""
+
+    def __init__(self) -> None:
+        self.per_step: list[int] = []
+        self.whole: set[str] = set()
+        self.count = 0
+        for name in ("all_gather_into_tensor", "all_gather_single"):  # torch renamed it
+            if hasattr(dist, name):
+                setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def _counted(self, gather):
+        def counted(*args, **kwargs):
+            self.count += 1
+            return gather(*args, **kwargs)
+
+        return counted
+
+    def look(self, net) -> None:
+        self.whole |= {name for name, parameter in net.named_parameters() if not isinstance(parameter, DTensor)}
+
+    def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+        self.look(pl_module.net)
+        self.count = 0
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        self.look(pl_module.net)
+        self.per_step.append(self.count)
+
+    def on_validation_batch_end(self, trainer, pl_module, *args) -> None:
+        self.look(pl_module.net)
+
+
+@pytest.mark.parametrize("loss_rows", [0, 16])
+def test_the_root_is_gathered_once_a_step_and_an_average_does_not_stay(tmp_path, loss_rows):
+    def run(rank: int) -> tuple:
+        torch.manual_seed(0)
+        task, gathers, losses = make_task(loss_rows=loss_rows), Gathers(), Losses()
+        where = {"strategy": ShardedStrategy(), "devices": 2, "inference_mode": False, "val_check_interval": 2}
+        callbacks = (EMA(decay=0.9), losses, gathers)
+        make_trainer(tmp_path, *callbacks, max_steps=6, check_val_every_n_epoch=None, **where).fit(task, make_codes())
+        with torch.no_grad():  # a loss that nobody learns from
+            batch = {"codes": torch.zeros(2, task.net.num_codes, dtype=torch.int64), "label": torch.tensor([0, 1])}
+            task.train().training_loss(batch)
+            gathers.look(task.net)
+        return losses.values, gathers.per_step, gathers.whole
+
+    torch.manual_seed(0)
+    losses = Losses()
+    settings = {"max_steps": 6, "limit_val_batches": 0}
+    make_trainer(tmp_path, losses, **settings).fit(make_task(loss_rows=loss_rows), make_codes())
+    for sharded, per_step, left in run_ranks(run, 2):
+        assert per_step == [5] * 6  # two blocks in both directions, the root for both
+        assert left == set()
+        assert sharded == pytest.approx(losses.values, abs=1e-5)
+
+
+def test_validation_of_weights_gathered_in_half_precision_says_so(tmp_path):
+    def run(rank: int) -> set[str]:
+        where = {"strategy": ShardedStrategy(), "devices": 2, "precision": "bf16-mixed"}
+        (metrics,) = make_trainer(tmp_path, inference_mode=False, **where).validate(make_task(), make_codes())
+        return set(metrics)
+
+    assert run_ranks(run, 2) == [{"val/loss_bf16", "val/accuracy_bf16"}] * 2
 
 
 def test_damaged_folders_are_named_and_run_no_code(ranks, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from forked_ranks import run_ranks
 from smalto import train
 from smalto.data.synthetic_text import SyntheticText
 from smalto.models.conditioner import TextConditioner
@@ -13,6 +14,7 @@ from smalto.models.gpt import GPT
 from smalto.runtime import compose
 from smalto.tasks.checkpoint import load_task
 from smalto.tasks.optim import Schedule
+from smalto.tasks.strategy import ShardedStrategy
 from smalto.types import SamplingConfig
 from tiny_tasks import SHAPE, VOCABULARY, make_gpt_task, make_trainer
 
@@ -109,6 +111,27 @@ def test_training_after_sampling_and_the_null_text_learns(tmp_path):
     null = task.net.conditioner.null_features.clone()
     make_trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(task, datamodule=make_texts())
     assert not torch.equal(task.net.conditioner.null_features, null)
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_texts_that_are_never_dropped_train_on_two_processes(tmp_path, strategy):
+    """The null features get no gradient then, and stay as they are, in the optimizer's groups and in checkpoints."""
+
+    def run(rank: int) -> list:
+        task = make_text_task()
+        task.net_factory = partial(
+            task.net_factory, conditioner=partial(TextConditioner, text_dim=WIDTH, num_tokens=TOKENS, drop_prob=0.0)
+        )
+        where = {"strategy": strategy if strategy == "ddp" else ShardedStrategy(), "inference_mode": False}
+        trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0, devices=2, **where)
+        trainer.fit(task, datamodule=make_texts())
+        groups = trainer.optimizers[0].param_groups
+        assert any(p is task.net.conditioner.null_features for group in groups for p in group["params"])
+        assert "net.conditioner.null_features" in task.state_dict()
+        return [task.net.conditioner.null_features.grad, trainer.global_step]
+
+    assert run_ranks(run, 2) == [[None, 3]] * 2
 
 
 def test_the_command_trains_on_texts(tmp_path):

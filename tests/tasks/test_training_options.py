@@ -99,27 +99,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
     assert_same(halves, weights_after(tmp_path, batch_size=16, dropout=0.0))
 
 
-def test_compiled_blocks_keep_names_and_numbers(class_gpt):
-    codes = torch.randint(class_gpt.vocab_size, (2, class_gpt.num_codes), generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 1])
-    names = class_gpt.state_dict().keys()
-    for module in class_gpt.train().modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    class_gpt.conditioner.drop_prob = 0.0
-    plain = class_gpt(codes, labels)
-    compiled = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-        class_gpt.compile_blocks()
-    assert len(compiled) == 1
-    class_gpt._train_blocks = torch.compile(compiled[0], backend="aot_eager")
-    torch.testing.assert_close(class_gpt(codes, labels), plain)
-    assert class_gpt.state_dict().keys() == names
-    cache = class_gpt.new_cache(2)
-    class_gpt.prefill(labels, cache)  # decoding does not pass through what was compiled
-
-
 def test_compile_is_asked_of_the_network(monkeypatch):
     asked = []
     monkeypatch.setattr(GPT, "compile_blocks", lambda self: asked.append(self))

@@ -57,8 +57,6 @@ class LatestCheckpoint(Checkpoint):
         self._step = self._saved_step = -1
         self._stopping = False
         self._agreement: Agreement | None = None
-        self._writing: Agreement | None = None
-        self._asked = False
         self._pending: Path | None = None
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
@@ -66,7 +64,7 @@ class LatestCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Answer signals from here on."""
         self._step = self._saved_step = trainer.global_step
-        self._agreement, self._writing = Agreement(), Agreement()
+        self._agreement = Agreement()
         if trainer.is_global_zero:
             with self._told(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,19 +102,11 @@ class LatestCheckpoint(Checkpoint):
 
     def _close_step(self, trainer: L.Trainer) -> None:
         """Let the checkpoint of a step count once the step has logged everything; stop there if that was asked."""
-        if self._pending is not None and (self._stopping or not self._still_saving(trainer)):
+        if self._pending is not None and (self._stopping or not _still_saving(trainer)):
             self._finish(trainer)
         if self._stopping:
             self._stopping = False
             raise SIGTERMException if self._signal == signal.SIGTERM else KeyboardInterrupt
-
-    def _still_saving(self, trainer: L.Trainer) -> bool:
-        """Whether some process still wrote a step ago: asked without anybody waiting, so answered a step late."""
-        strategy = trainer.strategy
-        if not (isinstance(strategy, ShardedStrategy) and strategy.async_save) or self._writing is None:
-            return False
-        first, self._asked = not self._asked, True
-        return self._writing.any(strategy.still_saving) or first
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """A signal during validation does not wait for its end; the last saved step stands."""
@@ -167,9 +157,6 @@ class LatestCheckpoint(Checkpoint):
         path, self._pending = self._pending, None
         if path is None:
             return
-        if self._asked and self._writing is not None:
-            self._writing.answer()
-            self._asked = False
         with self._told(path):
             if isinstance(trainer.strategy, ShardedStrategy):
                 trainer.strategy.finish_saving()
@@ -226,6 +213,10 @@ class LatestCheckpoint(Checkpoint):
 def gone(folder: Path) -> StorageError:
     """What to say of a folder that was there when the run began."""
     return StorageError(f"{folder} is gone: it was removed or moved away while the run was working there")
+
+
+def _still_saving(trainer: L.Trainer) -> bool:
+    return isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.still_saving()
 
 
 def remove(path: Path) -> None:

@@ -18,7 +18,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, row
         hidden: (N, C), any float dtype; under autocast the products run in its dtype.
         weight: (V, C) of a linear layer without bias.
         targets: int64 (N,).
-        rows: at least 1.
+        rows: at least 1. In float16 ``rows`` times the largest value of ``hidden`` must stay below 65504, which holds
+            the sums over rows; 512 rows and normed values leave a factor of 5.
 
     Returns:
         Scalar, float32 (float64 stays). It can be differentiated once.
@@ -34,6 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             exact = torch.promote_types(hidden.dtype, torch.float32)
+            # 1 / (N V) is below what float16 holds, and the loss scale that would lift it comes in the backward pass.
+            ctx.divide_later = hidden.dtype == torch.float16
+            ctx.rows = len(hidden)
             matrix = weight.to(hidden.dtype)
             want_hidden, want_weight = ctx.needs_input_grad[:2]
             grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -48,7 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 grad = logits.sub_(log_sum).exp_()
                 grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-                grad = grad.div_(len(hidden)).to(hidden.dtype)
+                if not ctx.divide_later:
+                    grad.div_(len(hidden))
+                grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, matrix, out=grad_hidden[start : start + rows])
                 if grad_weight is not None:
@@ -59,9 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grads[0],
-            None if grad_weight is None else grad_weight * grads[0],
-            None,
-            None,
-        )
+        factor = grads[0] / ctx.rows if ctx.divide_later else grads[0]
+        if ctx.divide_later and grad_hidden is not None:  # a loss scale of 2^16 is infinite in float16
+            grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
+        elif grad_hidden is not None:
+            grad_hidden = grad_hidden * factor
+        return grad_hidden, None if grad_weight is None else grad_weight * factor, None, None

@@ -27,12 +27,14 @@ class ClassConditioner(nn.Module):
         self.num_tokens = 1
         self.drop_prob = drop_prob
         self.embedding = nn.Embedding(num_classes + 1, dim)
+        self.unused: list[str] = []
+        """See :attr:`TextConditioner.unused`."""
 
     def forward(self, label: Tensor) -> Tensor:
         """Int64 (B,) in [0, num_classes], the last being null, to (B, 1, dim)."""
         if self.training and self.drop_prob > 0:
             dropped = torch.rand(label.shape, device=label.device) < self.drop_prob
-            label = torch.where(dropped, self.num_classes, label)
+            label = label.masked_fill(dropped, self.num_classes)
         return self.embedding(label).unsqueeze(1)
 
     def null(self, batch_size: int) -> Tensor:
@@ -41,10 +43,12 @@ class ClassConditioner(nn.Module):
 
     def check(self, condition: Tensor) -> None:
         """Raise ValueError for labels the model has not got; done where labels come from a user, not per step."""
-        if condition.numel() and not (int(condition.min()) >= 0 and int(condition.max()) < self.num_classes):
+        if not condition.numel():
+            return
+        lowest, highest = torch.stack(condition.aminmax()).tolist()
+        if lowest < 0 or highest >= self.num_classes:
             raise InputError(
-                f"labels run from {int(condition.min())} to {int(condition.max())}, "
-                f"the model knows classes 0 to {self.num_classes - 1}"
+                f"labels run from {lowest} to {highest}, the model knows classes 0 to {self.num_classes - 1}"
             )
 
 
@@ -72,6 +76,11 @@ class TextConditioner(nn.Module):
         """Of the null features at the start, so that they have about unit length."""
         self.null_features = nn.Parameter(torch.empty(num_tokens, text_dim), requires_grad=train_null)
         nn.init.normal_(self.null_features, std=self.null_std)
+
+    @property
+    def unused(self) -> list[str]:
+        """Parameters that get no gradient in training; they stay in checkpoints and optimizers."""
+        return ["null_features"] if self.drop_prob == 0 and self.null_features.requires_grad else []
 
     def forward(self, text: Tensor) -> Tensor:
         """Float (B, num_tokens, text_dim), left padded with zeros, to (B, num_tokens, dim)."""

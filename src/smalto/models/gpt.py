@@ -103,7 +103,6 @@ class GPT(nn.Module):
         self.register_buffer("rope", self._rope_table(), persistent=False)
         self.recompute_every = 0
         """In training, blocks 0, n, 2 n, ... keep only their input and run again in the backward pass; 0: none does."""
-        self._train_blocks: Callable[..., Tensor] = _run_blocks
         self.init_weights()
 
     rope: Tensor
@@ -136,8 +135,16 @@ class GPT(nn.Module):
         self.rope = self._rope_table().to(self.rope.device)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks of the training pass; parameters keep their names, evaluation and decoding stay eager."""
-        self._train_blocks = torch.compile(_run_blocks)
+        """Compile each block's training pass; parameters keep their names, evaluation and decoding stay eager.
+
+        One graph serves all blocks, and each block's gradients are there as soon as its own backward pass has run, so
+        that they are exchanged beside that of the others. What cannot be one graph is an error.
+        """
+        torch._dynamo.config.optimize_ddp = False  # it would cut every block again, wherever DDP's buckets end
+        compiled = torch.compile(TransformerBlock.compute, fullgraph=True)
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            block.compiled = compiled
 
     def forward(self, codes: Tensor, condition: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits of every code given the condition and all earlier codes (teacher forcing).
@@ -178,10 +185,12 @@ class GPT(nn.Module):
         mask = None if condition_mask is None else self._causal_mask(condition_mask, x.shape[1])
         x = self.token_dropout(x)
         rope = self.rope[: x.shape[1]]
-        if self.training:
-            x = self._train_blocks(self.blocks, x, rope, mask, self.recompute_every)
-        else:
-            x = _run_blocks(self.blocks, x, rope, mask, 0)
+        every = self.recompute_every if self.training else 0
+        for i, block in enumerate(self.blocks):
+            if every and i % every == 0:
+                x = checkpoint(block, x, rope, mask=mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask=mask)
         return self.norm(x[:, num_condition - 1 :])
 
     @staticmethod
@@ -231,13 +240,3 @@ class GPT(nn.Module):
             x = block(x, rope, mask=mask, cache=cache, layer=i)
         cache.advance(x.shape[1])
         return self.output(self.norm(x[:, -1])).float()
-
-
-def _run_blocks(blocks: nn.ModuleList, x: Tensor, rope: Tensor, mask: Tensor | None, recompute_every: int) -> Tensor:
-    """A function, not a method: what is compiled is no module, so none changes its name."""
-    for i, block in enumerate(blocks):
-        if recompute_every and i % recompute_every == 0:
-            x = checkpoint(block, x, rope, mask=mask, use_reentrant=False)
-        else:
-            x = block(x, rope, mask=mask)
-    return x

@@ -1,5 +1,7 @@
 """The pre-norm residual pair: the unit that FSDP shards and activation checkpointing recomputes."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from smalto.nn.attention import Attention
@@ -37,6 +39,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(dim, eps=norm_eps)
         self.ffn = SwiGLU(dim, swiglu_hidden_size(dim, ffn_multiple_of), dropout=ffn_dropout)
         self.drop_path = DropPath(drop_path)
+        self.compiled: Callable[..., Tensor] | None = None
+        """A compiled :meth:`compute`, for training. Inside of the call, so that hooks of FSDP run outside of graphs."""
 
     def forward(
         self,
@@ -48,6 +52,14 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, T, dim) to (B, T, dim); arguments as in :class:`Attention`."""
+        if self.compiled is not None and self.training and cache is None:
+            return self.compiled(self, x_BTC, rope, mask)
+        return self.compute(x_BTC, rope, mask, cache, layer)
+
+    def compute(
+        self, x_BTC: Tensor, rope: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """What :meth:`forward` does, never through what was compiled."""
         attended = self.attention(self.attention_norm(x_BTC), rope, mask=mask, cache=cache, layer=layer)
         x_BTC = x_BTC + self.drop_path(attended)
         return x_BTC + self.drop_path(self.ffn(self.ffn_norm(x_BTC)))

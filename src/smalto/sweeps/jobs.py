@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 RECORD, LOG = "job.json", "job.log"
 """Files in the folder of a job; ``job.yaml`` is its config."""
-MAIN_METRICS = ("val/loss", "val/psnr")
+MAIN_METRICS = ("val/loss", "val/loss_bf16", "val/psnr")
 """What a table shows of a job: the first of these that it measured."""
 
 

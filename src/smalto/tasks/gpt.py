@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from smalto.analysis.scaling import GPTShape
@@ -44,7 +45,8 @@ class GPTTask(LoggedModule):
         loss_rows: codes whose logits exist at a time in training; 0: all of them, the logits of the whole batch.
         recompute_every: every n-th block recomputes its activations in the backward pass instead of keeping them;
             0: none, 1: all. Trades a third more arithmetic for the memory of the blocks.
-        compile: compile the blocks (a minute or more, once); validation and sampling stay eager.
+        compile: compile the blocks in training (a minute or more, once). Compiled dropout draws other numbers from the
+            same seeds. Validation and sampling stay eager.
     """
 
     def __init__(
@@ -87,6 +89,10 @@ class GPTTask(LoggedModule):
         self._weights_are_fixed = False
         self._packed: DecodeEngine | None = None
 
+    @property
+    def _gathers_half(self) -> bool:
+        return self.device_mesh is not None and self.trainer.precision == "bf16-mixed"
+
     def configure_model(self) -> None:
         """Build the model and load the tokenizer once; Lightning may call this again."""
         if self.net is not None:
@@ -96,7 +102,7 @@ class GPTTask(LoggedModule):
             self.net_factory,
             None if mesh is None else mesh["data_parallel"],
             device=torch.device("cpu") if mesh is None else self.trainer.strategy.root_device,
-            half=mesh is not None and self.trainer.precision == "bf16-mixed",
+            half=self._gathers_half,
         )
         if mesh is not None and self.trainer.is_global_zero:
             log.info("sharded: %s", ShardingPlan.of(self.net, mesh.size()))
@@ -105,6 +111,10 @@ class GPTTask(LoggedModule):
         self.net.recompute_every = self.recompute_every
         if self.compile_net:
             self.net.compile_blocks()
+        # DDP waits for the gradient of every parameter, whichever of the two it wraps, unless told otherwise.
+        for module, prefix in ((self, "net."), (self.net, "")):
+            names = [f"{prefix}conditioner.{name}" for name in self.net.conditioner.unused]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
         if self.tokenizer_ckpt is not None:
             loaded = load_tokenizer(self.tokenizer_ckpt, verify=self.verify)
             self.attach_tokenizer(loaded.tokenizer, loaded.config)
@@ -208,10 +218,16 @@ class GPTTask(LoggedModule):
         return loss
 
     def validation_step(self, batch: CodeBatch, batch_idx: int) -> None:
-        """Cross-entropy per code in nats, accuracy of the most probable code; conditions are never dropped here."""
-        loss, logits = self._loss(batch)
+        """Cross-entropy per code in nats, accuracy of the most probable code; conditions are never dropped here.
+
+        In float32 whatever training computes in, as ``smalto evaluate``; not where sharded weights are gathered in
+        bfloat16: those values have names of their own.
+        """
+        suffix = "_bf16" if self._gathers_half else ""
+        with nullcontext() if self._gathers_half else torch.autocast(self.device.type, enabled=False):
+            loss, logits = self._loss(batch)
         accuracy = (logits.argmax(-1) == batch["codes"]).float().mean()
-        metrics = {"val/loss": loss, "val/accuracy": accuracy}
+        metrics = {f"val/loss{suffix}": loss, f"val/accuracy{suffix}": accuracy}
         self.log_dict(metrics, sync_dist=True, batch_size=len(batch["codes"]))
 
     @contextmanager

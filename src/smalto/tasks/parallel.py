@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def build_sharded(factory: Callable[[], Any], mesh: DeviceMesh | None, *, device
 def shard_blocks(net: Any, mesh: DeviceMesh, *, half: bool) -> None:
     """Divide every parameter among the processes along its first axis (FSDP2): a group per block, one for the rest.
 
-    A group is gathered when its turn comes and dropped after it, the root's too: kept from a validation of averaged
+    A block is gathered when its turn comes and dropped after it. The root, first and last in both directions, stays
+    from the forward pass to its backward pass. Without gradients it is dropped too: kept from a validation of averaged
     weights to the next training step, it would be taken for the current one.
 
     Args:
@@ -60,9 +62,25 @@ def shard_blocks(net: Any, mesh: DeviceMesh, *, half: bool) -> None:
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,
     )
-    for module in (*net.blocks, net):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    net.register_forward_hook(lambda *_: _drop_without_backward(net))  # after that of fully_shard
     register_fsdp_forward_method(net, "apply_head")
+    apply_head = net.apply_head
+
+    @wraps(apply_head)
+    def apply_head_and_drop(*args: Any, **kwargs: Any) -> Any:
+        result = apply_head(*args, **kwargs)
+        _drop_without_backward(net)
+        return result
+
+    net.apply_head = apply_head_and_drop
+
+
+def _drop_without_backward(net: Any) -> None:
+    if not torch.is_grad_enabled():
+        net.reshard()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -98,6 +99,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.async_save = async_save
         self._saving: Future | None = None
         self._writers: Any = None
+        self._voters: Any = None
 
     def setup_environment(self) -> None:
         """All processes share all parameters."""
@@ -149,7 +151,7 @@ class ShardedStrategy(ModelParallelStrategy):
         tree, tensors = take_tensors(checkpoint)
         if self.async_save and self._writers is None:
             # Of their own: the thread that writes talks to those of other processes while training talks too.
-            self._writers = dist.new_group(backend="gloo")
+            self._writers, self._voters = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         problem = None
         if self.global_rank == 0:
             try:
@@ -167,10 +169,16 @@ class ShardedStrategy(ModelParallelStrategy):
             else:
                 dcp.save(tensors, storage_writer=ShardWriter(path))
 
-    @property
     def still_saving(self) -> bool:
-        """Whether this process still writes what is no checkpoint yet."""
-        return self._saving is not None and not self._saving.done()
+        """Whether some process still writes what is no checkpoint yet; to be asked by all at the same step.
+
+        Asked in every step until it is written, so by way of the CPU: no process waits for its device.
+        """
+        if self._voters is None:
+            return False
+        saving = torch.tensor(int(self._saving is not None and not self._saving.done()), device="cpu")
+        dist.all_reduce(saving, group=self._voters)
+        return bool(saving)
 
     def finish_saving(self) -> None:
         """Wait until this process, and with it the coordinating one, has written.
