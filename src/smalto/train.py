@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
-PLACEMENT |= {"data.verify"}
+PLACEMENT |= {"data.verify", "trainer.benchmark"}
 """Where a run computes may differ too: checkpoints fit every strategy, on any number of processes. And whether what is
 read is verified."""
 
@@ -168,7 +168,8 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
+    # An option that the version before had not got, and that is off, changes nothing.
+    return [] if old == new or (old is None and new is False) else [f"{prefix[:-1]}: {old} -> {new}"]
 
 
 def reopen(folder: Path, node: DictConfig) -> Any:

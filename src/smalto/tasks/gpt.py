@@ -17,6 +17,7 @@ from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
 from smalto.errors import InputError
 from smalto.losses.cross_entropy import linear_cross_entropy
+from smalto.nn.layout import lay_out
 from smalto.nn.whole import whole
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.sampling.compiled import CompiledEngine
@@ -76,6 +77,8 @@ class GPTTask(L.LightningModule):
         self.verify = True  # compare checkpoints that are read with their checksums
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
+        self.gradient_watch: Callable[[Optimizer], Tensor | None] | None = None
+        """Sees an optimizer's gradients before they are clipped, and tells their norm."""
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -129,7 +132,7 @@ class GPTTask(L.LightningModule):
                 f"the tokenizer has {given[0]} codes on the grid {given[1]}, the model expects {wanted[0]} on "
                 f"{wanted[1]}; choose tokenizer= and image_size= as the tokenizer was trained, or another one"
             )
-        self.tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tokenizer = lay_out(tokenizer.eval().requires_grad_(False))
         self.tokenizer_config = config
 
     def train(self, mode: bool = True) -> "GPTTask":
@@ -158,9 +161,10 @@ class GPTTask(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning asks here; what it would do itself fails with fused optimizers in bf16-mixed."""
+        norm = None if self.gradient_watch is None else self.gradient_watch(optimizer)
         by_norm = gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed"
         if gradient_clip_val and by_norm:
-            clip_gradients(optimizer, gradient_clip_val)
+            clip_gradients(optimizer, gradient_clip_val, norm=norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -46,13 +47,35 @@ def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) ->
     return factory(groups)
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
+def gradient_norm(optimizer: Optimizer) -> Tensor | None:
+    """Global L2 norm of an optimizer's gradients, a scalar on their device; None where there are none.
+
+    Of sharded gradients over all shards, known to every process: a DTensor, as :func:`clip_gradients` needs it.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return None
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    return norm
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float, *, norm: Tensor | None = None) -> None:
     """Scale the gradients of an optimizer down to a global norm of ``max_norm``; of sharded ones over all shards.
 
     Lightning's own clipping refuses fused optimizers under every mixed precision, because those of float16 carry a loss
     scale into the step; bfloat16 has none.
+
+    Args:
+        optimizer: of the parameters.
+        max_norm: after it.
+        norm: what :func:`gradient_norm` says of these gradients, if it was asked already.
     """
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    norm = gradient_norm(optimizer) if norm is None else norm
+    if norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 @dataclass(frozen=True)
