@@ -1,4 +1,4 @@
-"""Two processes with gloo: each network's gradients are averaged once, in its own backward pass, and nothing else is."""
+"""Two processes with gloo: gradients of a network are averaged in its own backward pass, once, and no others are."""
 
 import os
 from functools import partial

@@ -49,8 +49,9 @@ class TokenizerTask(L.LightningModule):
         adaptive_disc_weight: scale the adversarial term by the ratio of gradient norms at the last layer (VQGAN);
             off in the paper's runs.
         gradient_clip: maximal global norm, for each network; 0 does not clip.
-        compile: compile encoder and decoder for training (minutes, once); validation and :meth:`reconstruct` stay
-            eager, so that other sizes compile nothing.
+        compile: compile encoder, decoder and perceptual loss for training (minutes, once). Validation and
+            :meth:`reconstruct` stay eager, so that other sizes compile nothing; the discriminator too, whose
+            normalisation talks to other processes.
         init_discriminator: with ``init_from``, the discriminator starts with the weights of that checkpoint, too.
     """
 
@@ -110,6 +111,7 @@ class TokenizerTask(L.LightningModule):
         self.gradient_watch: Callable[[Optimizer], Tensor | None] | None = None
         """Sees an optimizer's gradients before they are clipped, and tells their norm."""
         self._replicas: dict[str, Any] = {}
+        self._distance: Callable[[nn.Module, Tensor, Tensor], Tensor] = _mean_distance
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -128,6 +130,7 @@ class TokenizerTask(L.LightningModule):
             start_from(self, self.init_from, kind="tokenizer", discriminator=self.init_discriminator)
         if self.compile_net:
             self.net.compile_stacks()
+            self._distance = torch.compile(_mean_distance, dynamic=False, fullgraph=True)
 
     def setup(self, stage: str) -> None:
         """Refuse what manual optimization cannot do, and options that would have no effect."""
@@ -141,11 +144,8 @@ class TokenizerTask(L.LightningModule):
                 "strategy=fsdp shards transformers; a tokenizer fits on every device many times over, so train it with "
                 "strategy=ddp"
             )
-        if self.init_discriminator and stage == "fit":
-            if self.discriminator_factory is None:
-                raise InputError("task.init_discriminator=true, but this run has no discriminator (discriminator=none)")
-            if self.init_from is None and self.trainer.ckpt_path is None:
-                raise InputError("task.init_discriminator=true takes it from a checkpoint: give init_from=PATH")
+        if self.init_discriminator and self.discriminator_factory is None:
+            raise InputError("task.init_discriminator=true, but this run has no discriminator (discriminator=none)")
         if torch.are_deterministic_algorithms_enabled():
             torch.backends.cudnn.benchmark = False  # it would choose by time, which is never twice the same
         plain_ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, NetworkDDPStrategy)
@@ -246,7 +246,7 @@ class TokenizerTask(L.LightningModule):
         }
         image_loss = self.reconstruction_weight * rec
         if self.perceptual is not None:
-            losses["perceptual_loss"] = self.perceptual(reconstruction, image).mean()
+            losses["perceptual_loss"] = self._distance(self.perceptual, reconstruction, image)
             image_loss = image_loss + self.perceptual_weight * losses["perceptual_loss"]
         total = image_loss + quantized.loss
         if self.net.quantizer.entropy_weight > 0:
@@ -307,3 +307,8 @@ class TokenizerTask(L.LightningModule):
         with in_precision(self.engine.decode, image.device):
             reconstruction = self.net.decode_latent(quantized.latent).float()
         return self.to_pixels(reconstruction), quantized.codes
+
+
+def _mean_distance(perceptual: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A function, not a method: what is compiled is no module, so none changes its name."""
+    return perceptual(x, y).mean()
