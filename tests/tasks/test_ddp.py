@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra.utils import get_class
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -153,6 +154,33 @@ def test_a_run_goes_on_from_one_process_to_two_and_back(tmp_path):
     assert_same_losses(losses, whole[2:4])
     losses, _, _ = fit(tmp_path / "again", make_task(), max_steps=6, start=tmp_path / "two/last.ckpt")
     assert_same_losses(losses, whole[4:])
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_divided_where_gradients_are_due(tmp_path):
+    one, _, _ = fit(tmp_path / "one", make_task())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def rank(number):
+        torch.compile = partial(torch.compile, backend=backend)  # this process ends with the test
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000
+        strategy = ddp(bucket_cap_mb=0.05)
+        losses, reduced, _ = fit(tmp_path / "two", make_task(compile=True), world_size=2, strategy=strategy)
+        return losses, reduced, len(graphs)
+
+    results = run_ranks(rank, 2)
+    assert not isinstance(results[0], str), results[0]
+    (losses, reduced, parts), _ = results
+    assert parts > 2, "one graph each: no gradient would be there before the last"
+    assert_same_losses(losses, one, tolerance=1e-4)
+    task = make_task()
+    task.configure_model()
+    generator, judge = parameters(task.net), parameters(task.discriminator)
+    assert reduced == [generator] * START + [generator, judge] * 2
 
 
 def test_a_generator_has_one_wrap(tmp_path):
