@@ -7,10 +7,24 @@ import pytest
 import torch
 from torch import nn
 
+from forked_ranks import apart
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.models.gpt import GPT
 from smalto.tokenizers.quantize import VectorQuantizer
 from smalto.tokenizers.vqgan import VQModel
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Tests marked ``apart`` run in a process of their own."""
+    if pyfuncitem.get_closest_marker("apart") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    try:
+        apart(lambda: pyfuncitem.obj(**arguments))
+    except AssertionError as failed:
+        pytest.fail(str(failed), pytrace=False)
+    return True
 
 
 @pytest.fixture(autouse=True)

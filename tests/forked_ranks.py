@@ -30,6 +30,36 @@ def run_ranks(function: Callable[[int], Any], world_size: int) -> list[Any]:
     return [results[rank] for rank in range(world_size)]
 
 
+def apart(function: Callable[[], Any]) -> Any:
+    """What ``function`` gives in a process of its own, forked from here.
+
+    For what leaves a process in which backward passes of later forks fail: compiling, pretended devices.
+
+    Raises:
+        AssertionError: it failed; with its traceback.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        try:
+            sender.send((True, function()))
+        except BaseException:
+            sender.send((False, traceback.format_exc()))
+
+    job = context.Process(target=work)
+    job.start()
+    sender.close()
+    try:
+        fine, result = receiver.recv()
+    except EOFError:
+        fine, result = False, "the process ended without a word"
+    job.join()
+    assert fine, result
+    return result
+
+
 def _run(function: Callable[[int], Any], rank: int, world_size: int, port: int, queue: Any) -> None:
     torch.set_num_threads(1)  # as in DataLoader's workers: OpenMP's threads do not survive a fork
     os.environ |= {

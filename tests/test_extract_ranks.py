@@ -153,7 +153,7 @@ def test_there_and_back_is_the_same(images, tmp_path):  # noqa: F811
     assert imported({"train": train, "val": val}, tmp_path / "back")["status"] == "written"
     assert digests(tmp_path / "back") == digests(tmp_path / "codes")
     old, new = read_meta(tmp_path / "codes", CODES), read_meta(tmp_path / "back", CODES)
-    assert {k for k in old if old[k] != new[k]} == {"images", "classes"}
+    assert {k for k in old if k != "tf32" and old[k] != new[k]} == {"images", "classes"}  # who imports cannot know
     assert imported({"train": train, "val": val}, tmp_path / "back")["status"] == "reused"
     again = export_npy(tmp_path / "back", tmp_path / "again")
     assert [npy_files(folder) for folder in again] == [npy_files(train), npy_files(val)]

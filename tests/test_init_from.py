@@ -5,8 +5,8 @@ import torch
 
 from official_files import saved, tiny_gpt, tiny_tokenizer
 from smalto import convert, train
-from smalto.runtime import compose
-from smalto.tasks.checkpoint import network_state, read_checkpoint, start_from
+from smalto.runtime import build, compose
+from smalto.tasks.checkpoint import network_state, read_checkpoint, start_from, with_prefix
 from tiny_tasks import make_gpt_task
 
 GPT = [
@@ -86,6 +86,65 @@ def test_a_tokenizer_goes_on_with_a_new_discriminator(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in given.items())
     assert any(name.startswith("discriminator.") for name in found)
     assert "train/disc_loss" in metrics
+
+
+def started(*overrides: str):
+    """The task of a run, as it begins."""
+    config = compose("train", [*TOKENIZER, *overrides])
+    task = build(config.task)
+    task.init_from = config.init_from
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        task.configure_model()
+    return task
+
+
+def saved_as(layout: str, start, folder):
+    """The checkpoint as what a user may have of it."""
+    out = folder / ("start.safetensors" if layout == "safetensors" else f"{layout}.ckpt")
+    if layout == "authors":  # to their layout and back
+        convert.run(compose("convert", [f"in={start}", f"out={folder}/theirs.pt", "format=official"]))
+        start, layout = folder / "theirs.pt", "smalto"
+    convert.run(compose("convert", [f"in={start}", f"out={out}", f"format={layout}"]))
+    return out
+
+
+def test_the_discriminator_can_be_taken_along(tmp_path):
+    run(tmp_path / "first", TOKENIZER, "task.optimizer.lr=1e-2")
+    first = tmp_path / "first/checkpoints/last.ckpt"
+    judge = {n: v.clone() for n, v in with_prefix(read_checkpoint(first)["state_dict"], "discriminator.").items()}
+    new = started(f"init_from={first}").discriminator.state_dict()
+    assert new.keys() == judge.keys()
+    assert any(not torch.equal(new[name], value) for name, value in judge.items())
+    starts = [first, *(saved_as(layout, first, tmp_path) for layout in ("smalto", "safetensors", "authors"))]
+    for start in starts:
+        task = started(f"init_from={start}", "task.init_discriminator=true")
+        found = task.discriminator.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in judge.items()), start
+        given = network_state(read_checkpoint(start), ema=True)
+        assert all(torch.equal(given[name], value) for name, value in task.net.state_dict().items())
+
+
+def test_a_discriminator_that_is_not_there_or_another_is_refused(tmp_path):
+    taken = "task.init_discriminator=true"
+    start = f"init_from={converted(tmp_path, tiny_tokenizer(), 'image_size=16')}"
+    with pytest.raises(ValueError, match=r"holds no discriminator; set task\.init_discriminator=false"):
+        started(start, taken)
+    with pytest.raises(ValueError, match="this run has no discriminator"):
+        run(tmp_path / "b", TOKENIZER, start, taken, "task.discriminator=null")
+    with pytest.raises(ValueError, match="give init_from=PATH"):
+        run(tmp_path / "c", TOKENIZER, taken)
+    run(tmp_path / "wide", TOKENIZER, "discriminator.base_channels=16", "trainer.max_steps=1")
+    with pytest.raises(ValueError, match=r"is not that of this run: .*instead of.*choose discriminator="):
+        started(f"init_from={tmp_path / 'wide/checkpoints/last.ckpt'}", taken)
+
+
+def test_a_run_that_took_a_discriminator_along_goes_on(tmp_path):
+    run(tmp_path / "first", TOKENIZER)
+    options = [f"init_from={tmp_path / 'first/checkpoints/last.ckpt'}", "task.init_discriminator=true"]
+    whole = run(tmp_path / "run", TOKENIZER, *options)
+    (tmp_path / "run/metrics.json").unlink()  # as if killed before its end
+    assert run(tmp_path / "run", TOKENIZER, *options)["val/rec_loss"] == whole["val/rec_loss"]
 
 
 def test_training_moves_the_weights_and_a_finished_run_is_not_started_again(tmp_path):

@@ -220,11 +220,11 @@ def _frozen(config: DictConfig) -> dict[str, nn.Module]:
 def _outline(config: DictConfig, notes: list[str]) -> Any:
     """The task on the meta device."""
     node = config.copy()
+    if node.task.get("compile"):
+        node.task.compile = False
+        notes.append("task.compile=true: memory is that of eager blocks, compiled ones keep less")
     if node.kind == "gpt":
         node.task.tokenizer_ckpt = None
-        if node.task.compile:
-            node.task.compile = False
-            notes.append("task.compile=true: memory is that of eager blocks, compiled ones keep less")
     elif node.get("perceptual"):
         here = node.device == "measured"
         if node.perceptual.net == "auto":

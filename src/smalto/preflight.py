@@ -24,7 +24,7 @@ def preflight(plain: dict[str, Any]) -> None:
     Raises:
         ValueError: something is missing: for each what, the rule, and a command that helps.
     """
-    problems = ["\n".join(problem) for problem in (*devices(plain), *files(plain))]
+    problems = ["\n".join(problem) for problem in (*devices(plain), *starts(plain), *files(plain))]
     if problems:
         raise InputError("\n\n".join(problems))
 
@@ -47,6 +47,16 @@ def devices(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{here} GPU(s) here, trainer.devices is {wanted}",
             "trainer.devices counts the GPUs of one machine, trainer.num_nodes the machines",
             f"trainer.devices={here} (make: GPUS={here}); the batch is global and stays what it is",
+        )
+
+
+def starts(plain: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Options of ``init_from`` without it."""
+    if plain["task"].get("init_discriminator") and plain["init_from"] is None:
+        yield (
+            "task.init_discriminator is true, init_from is null",
+            "the discriminator is taken from the checkpoint that a run starts with",
+            "give init_from=PATH, or leave task.init_discriminator out",
         )
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 VOLATILE = {"paths", "overwrite", "run_dir", "logger", "debug", "verify"}
 """Root keys that may differ between a run and its continuation."""
 PLACEMENT = {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "inference_mode")}
-PLACEMENT |= {"data.verify", "tf32"}
+PLACEMENT |= {"data.verify", "trainer.benchmark", "tf32"}
 """Where a run computes may differ too: checkpoints fit every strategy, on any number of processes. And whether what is
 read is verified."""
 

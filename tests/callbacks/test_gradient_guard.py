@@ -102,6 +102,37 @@ def test_a_norm_far_beyond_the_average(tmp_path, monkeypatch):
     assert not same(found.states[4], found.states[3])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_tokenizers_norm_is_that_before_the_clip(tmp_path, monkeypatch, fused):
+    monkeypatch.setattr(gradient_guard, "SETTLED", 3)
+    found = fit(tmp_path, "tokenizer", {4: 1e6}, guard=GradientGuard(), fused=fused)
+    norms = [step["train/grad_norm"] for step in found.metrics]
+    clip = make("tokenizer", fused=fused)[0].gradient_clip
+    assert clip == 1.0
+    assert max(norms) > 1e3, "the clip would have brought it to 1"
+    assert all(norm != pytest.approx(clip, rel=1e-3) for norm in norms)
+    assert found.metrics[-1]["train/skipped_steps"] == 2  # of both networks
+    assert same(found.states[4], found.states[3])
+    assert not same(found.states[5], found.states[4])
+
+
+@pytest.mark.parametrize("kind", ["gpt", "tokenizer"])
+def test_the_norm_is_computed_once(tmp_path, monkeypatch, kind):
+    asked = []
+    plain = torch.nn.utils.get_total_norm
+
+    def counted(*arguments, **settings):
+        asked.append(1)
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", counted)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
+    task, data = make(kind, fused=True)
+    clip = {"gradient_clip_val": 1.0} if kind == "gpt" else {}
+    make_trainer(tmp_path, GradientGuard(), max_steps=4, **clip).fit(task, data)
+    assert len(asked) == (4 if kind == "gpt" else 4 + 3)
+
+
 def test_nothing_but_bad_steps_ends_the_run_with_the_last_good_checkpoint(tmp_path):
     guard = GradientGuard(patience=3)
     saver = LatestCheckpoint(dirpath=tmp_path / "checkpoints", every_n_steps=2)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from forked_ranks import apart
 from gpu_rehearsal.findings import FETCH, GENERATOR, MIXED, SEND, Findings
 from gpu_rehearsal.machine import gpu
 from gpu_rehearsal.pretend import CUDA, OnDevice
@@ -17,6 +18,8 @@ from smalto.runtime import compose
 from smalto.sampling.engine import EngineConfig
 from smalto.types import SamplingConfig
 from tiny_tasks import SHAPE, make_gpt_task
+
+pytestmark = pytest.mark.apart
 
 CODES = SHAPE[0][0] * SHAPE[0][1]
 SETTINGS = {
@@ -32,7 +35,7 @@ def repeated(found: Findings, times: int) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for phase in found.phases:
         counts.update(found.of(phase, kinds=(FETCH, SEND)))
-    once = ("device_dtype_mixin.py", "tasks/checkpoint.py:fingerprint")  # once for each of many tensors
+    once = ("device_dtype_mixin.py", "tasks/checkpoint.py:fingerprint", ":_apply:")  # once for each of many tensors
     return {line: count for line, count in counts.items() if count >= times and not any(o in line for o in once)}
 
 
@@ -78,6 +81,11 @@ def test_what_cuda_has_no_kernels_for_is_refused():
 def made(tmp_path_factory):
     """Images, a tokenizer, codes and a generator, made on the CPU."""
     folder = tmp_path_factory.mktemp("made")
+    apart(lambda: make(folder))
+    return folder
+
+
+def make(folder) -> None:
     words = ["resize=pad", "image_size=32", "limit=24", "workers=0", "mlflow=false", f"out={folder}/images"]
     prepare.run(compose("prepare", words))
     train.run(compose("train", [*TOKENIZER_FILE, f"run_dir={folder}/tokenizer"]))
@@ -90,7 +98,6 @@ def made(tmp_path_factory):
     words += ["callbacks=_common", "trainer.max_steps=2", "logger=none"]
     words += [f"task.tokenizer_ckpt={folder}/tokenizer/checkpoints/last.ckpt", f"run_dir={folder}/gpt"]
     train.run(compose("train", words))
-    return folder
 
 
 def noted(run, *words: str) -> Findings:

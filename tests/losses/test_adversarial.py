@@ -1,10 +1,11 @@
+import inspect
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
+from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight, mean_logit
 
 REAL, FAKE = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
 
@@ -76,3 +77,13 @@ def test_adaptive_weight_is_bounded(rec_scale, adv_scale, expected):
     last_layer = torch.ones(1, requires_grad=True)
     weight = adaptive_weight((rec_scale * last_layer).sum(), (adv_scale * last_layer).sum(), last_layer)
     assert weight.item() == expected
+
+
+@pytest.mark.parametrize("loss", [*DISCRIMINATOR_LOSSES.values(), *GENERATOR_LOSSES.values(), mean_logit])
+def test_means_of_bfloat16_logits_are_float32s(loss, generator):
+    number = len(inspect.signature(loss).parameters)
+    logits = [torch.randn(16, 1, 30, 30, generator=generator).bfloat16() for _ in range(number)]
+    found = loss(*logits)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, loss(*(x.float() for x in logits)))
+    assert loss(*(x.double() for x in logits)).dtype == torch.float64

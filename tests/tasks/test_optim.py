@@ -7,7 +7,7 @@ from torch import nn
 
 from smalto.losses.patchgan import PatchDiscriminator
 from smalto.models.conditioner import TextConditioner
-from smalto.tasks.optim import Schedule, build_optimizer, parameter_groups
+from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients, gradient_norm, parameter_groups
 
 ADAMW = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.05)
 
@@ -61,6 +61,28 @@ def test_frozen_parameters_are_left_out():
     net = TextConditioner(dim=4, text_dim=6, num_tokens=3, drop_prob=0.1, train_null=False)
     assert names_by_group(net) == [{"fc1.weight", "fc2.weight"}, set()]
     assert len(build_optimizer(ADAMW, net).param_groups) == 1, "optimizers dislike empty groups"
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("told", [False, True])
+def test_clipping_is_torchs_bit_for_bit(scale, told):
+    nets = [nn.Linear(7, 5) for _ in range(2)]
+    for net in nets:
+        for p in net.parameters():
+            p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer = build_optimizer(ADAMW, nets[0])
+    expected = nn.utils.clip_grad_norm_(list(nets[1].parameters()), 0.5)
+    norm = gradient_norm(optimizer)
+    assert torch.equal(norm, expected)
+    clip_gradients(optimizer, 0.5, norm=norm if told else None)
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_without_gradients_there_is_no_norm():
+    optimizer = build_optimizer(ADAMW, nn.Linear(2, 2))
+    assert gradient_norm(optimizer) is None
+    clip_gradients(optimizer, 1.0)
 
 
 # step: factor

@@ -1,6 +1,7 @@
 """Steps that would ruin the weights are not taken: gradients that are not finite, or far beyond all others."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from smalto.callbacks.checkpoint import LatestCheckpoint, newest_checkpoint
 from smalto.errors import InputError
+from smalto.tasks.optim import gradient_norm
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,12 @@ class GradientGuard(L.Callback):
 
     A skipped step leaves weights and optimizer states as they were; the learning rate and the data go on. Whether to
     skip is decided from the norm of all gradients of an optimizer, after processes have averaged them, so that all
-    decide alike; with fused optimizers it is decided on the device, without waiting for it. Logs ``train/grad_norm``,
-    before clipping (``train/disc_grad_norm`` of a discriminator), and ``train/skipped_steps`` so far.
+    decide alike. With fused optimizers it is decided on the device. Others have no such switch, and a step with
+    gradients of zero is none that was skipped (decay and moments go on): with them the host waits for the norm in
+    every step. Logs ``train/grad_norm``, before clipping (``train/disc_grad_norm`` of a discriminator), and
+    ``train/skipped_steps`` so far.
+
+    Tasks call what it leaves in their ``gradient_watch`` between the backward pass and the clip.
 
     Not for ``trainer.precision=16-mixed``, whose loss scaler skips steps by itself.
 
@@ -48,36 +54,42 @@ class GradientGuard(L.Callback):
         self._watches: list[_Watch] = []
         self._resumed: list[dict[str, float]] = []
         self._told = 0
+        self._read_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Watch every optimizer; in manual optimization by torch's own hook, as Lightning's leave some out."""
+        """Watch every optimizer; the task shows their gradients before it clips them."""
         self._watches = [_Watch(optimizer, self.spike_factor, pl_module.device) for optimizer in trainer.optimizers]
         for watch, state in zip(self._watches, self._resumed, strict=False):
             watch.load(state)
         self._told = sum(int(watch.skipped) for watch in self._watches)
         if trainer.precision == "16-mixed":
             self._watches = []
-        if not pl_module.automatic_optimization:
-            for number, watch in enumerate(self._watches):
-                watch.optimizer.register_step_pre_hook(lambda *_, number=number: self._look(trainer, pl_module, number))
+        pl_module.gradient_watch = partial(self._look, pl_module) if self._watches else None
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        """In automatic optimization; gradients are there, and not yet clipped."""
-        if pl_module.automatic_optimization and self._watches:
-            self._look(trainer, pl_module, 0)
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Let go of the task."""
+        pl_module.gradient_watch = None
 
-    def _look(self, trainer: L.Trainer, pl_module: Any, number: int) -> None:
-        watch = self._watches[number]
-        norm = watch.look()
-        if norm is not None:
-            skipped = torch.stack([w.skipped for w in self._watches]).sum()
-            name = f"train/{'disc_' if number else ''}grad_norm"
-            pl_module.step_log.note({name: norm, "train/skipped_steps": skipped}, mean=False)
+    def _look(self, pl_module: Any, optimizer: Optimizer) -> Tensor | None:
+        """Judge the gradients of an optimizer, which are not yet clipped; their norm, for the clip."""
+        norm = gradient_norm(optimizer)
+        if norm is None:
+            return None
+        plain: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # Lightning's wrapper of an optimizer is another object.
+        number = [watch.optimizer for watch in self._watches].index(getattr(optimizer, "optimizer", optimizer))
+        self._watches[number].look(plain)
+        skipped = torch.stack([w.skipped for w in self._watches]).sum()
+        name = f"train/{'disc_' if number else ''}grad_norm"
+        pl_module.step_log.note({name: plain, "train/skipped_steps": skipped}, mean=False)
+        return norm
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Say what was skipped, and stop where nothing else happens."""
-        if trainer.global_step % self.patience and trainer.global_step != trainer.max_steps:
+        step = trainer.global_step
+        if step == self._read_at or (step % self.patience and step != trainer.max_steps):
             return
+        self._read_at = step  # once, not after each batch of an accumulated step
         skipped = sum(int(watch.skipped) for watch in self._watches)
         if skipped > self._told and trainer.is_global_zero:
             log.warning(
@@ -118,14 +130,8 @@ class _Watch:
         self.fused = bool(optimizer.defaults.get("fused"))
 
     @torch.no_grad()
-    def look(self) -> Tensor | None:
-        """Judge the gradients as they are, and take them away from the step if they are bad; their norm."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return None
-        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    def look(self, norm: Tensor) -> None:
+        """Judge the gradients by their norm, and take them away from the step if they are bad."""
         exact = norm.to(self.average.dtype)
         bad = ~exact.isfinite()
         if self.spike_factor is not None:
@@ -138,9 +144,9 @@ class _Watch:
         if self.fused:  # what the loss scaler of float16 sets, too: the kernel then changes nothing
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
         elif bool(bad):
-            for parameter in parameters:
-                parameter.grad = None
-        return norm
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def state(self) -> dict[str, float]:
         """Plain numbers, exact."""

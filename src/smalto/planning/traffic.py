@@ -84,8 +84,8 @@ def fsdp_traffic(task: Any, *, devices: int, precision: str, accumulate: int, re
 
 GATHERS_OF_BLOCKS = 2
 """A block is dropped after its forward pass, and there again for its backward pass."""
-GATHERS_OF_ROOT = 2
-"""Embeddings, last norm and output layer, likewise (``shard_blocks`` in :mod:`smalto.tasks.parallel`)."""
+GATHERS_OF_ROOT = 1
+"""Embeddings, last norm and output layer stay between the two (``shard_blocks`` in :mod:`smalto.tasks.parallel`)."""
 
 
 def logged_numbers(task: Any) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.nn.initial import share_of
+from smalto.nn.layout import lay_out
 from smalto.tasks.contents import CONFIG_KEY, EMA_KEY, OFFICIAL_KEY, about_run, check_plain, network_node, section
 from smalto.tasks.integrity import verified
 from smalto.tasks.network import differences, empty, network_for
@@ -110,15 +111,36 @@ def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def start_from(task: Any, path: str | Path, *, kind: str) -> None:
+def start_from(task: Any, path: str | Path, *, kind: str, discriminator: bool = False) -> None:
     """Give a task's network the weights of a checkpoint, averaged ones if there are any, and nothing else of it.
 
+    Args:
+        task: with its networks built.
+        path: of the checkpoint.
+        kind: ``tokenizer`` or ``gpt``.
+        discriminator: its weights and running statistics, too.
+
     Raises:
-        ValueError: they are of another model; all names are told, and no weight is changed.
+        ValueError: they are of another model, or there is no discriminator; all names are told, no weight is changed.
     """
-    given = network_state(read_checkpoint(path, kind=kind, ema=True, verify=task.verify), ema=True)
-    with verified(path, given.values(), verify=task.verify):
+    checkpoint = read_checkpoint(path, kind=kind, ema=True, verify=task.verify)
+    given = network_state(checkpoint, ema=True)
+    judge = with_prefix(checkpoint["state_dict"], "discriminator.") if discriminator else {}
+    if discriminator:
+        if not judge:
+            raise InputError(
+                f"init_from={path} holds no discriminator; set task.init_discriminator=false to begin with a new one"
+            )
+        wrong = differences(task.discriminator.state_dict(), judge)
+        if wrong:
+            raise InputError(
+                f"the discriminator in init_from={path} is not that of this run: {'; '.join(wrong)}; choose "
+                "discriminator= as it was trained, or task.init_discriminator=false to begin with a new one"
+            )
+    with verified(path, [*given.values(), *judge.values()], verify=task.verify):
         load_strictly(task.net, given, f"init_from={path} does not fit the {kind} of this run")
+        if judge:
+            load_strictly(task.discriminator, judge, f"the discriminator in init_from={path} does not fit")
 
 
 def load_strictly(net: nn.Module, given: dict[str, Tensor], what: str) -> None:
@@ -193,8 +215,7 @@ def load_tokenizer(
     with verified(path, state.values(), verify=verify):
         tokenizer = empty(network_for(state, config, "tokenizer", Path(path)))
         load_strictly(tokenizer, state, f"{path} is not whole")
-    tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return LoadedTokenizer(tokenizer, config, Path(path))
+    return LoadedTokenizer(lay_out(tokenizer.eval().requires_grad_(False)), config, Path(path))
 
 
 @dataclass(frozen=True)

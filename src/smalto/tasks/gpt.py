@@ -17,6 +17,7 @@ from smalto.analysis.scaling import GPTShape
 from smalto.data.transforms import to_pixels
 from smalto.errors import InputError
 from smalto.losses.cross_entropy import linear_cross_entropy
+from smalto.nn.layout import lay_out
 from smalto.nn.whole import whole
 from smalto.sampling.autoregressive import generate, uniforms_from_seeds
 from smalto.sampling.compiled import CompiledEngine
@@ -78,6 +79,8 @@ class GPTTask(LoggedModule):
         self.verify = True  # compare checkpoints that are read with their checksums
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the model starts with; set before :meth:`configure_model`."""
+        self.gradient_watch: Callable[[Optimizer], Tensor | None] | None = None
+        """Sees an optimizer's gradients before they are clipped, and tells their norm."""
         self.net: Any = None
         self.tokenizer: Any = None
         self.tokenizer_config: dict[str, Any] | None = None
@@ -139,7 +142,7 @@ class GPTTask(LoggedModule):
                 f"the tokenizer has {given[0]} codes on the grid {given[1]}, the model expects {wanted[0]} on "
                 f"{wanted[1]}; choose tokenizer= and image_size= as the tokenizer was trained, or another one"
             )
-        self.tokenizer = tokenizer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tokenizer = lay_out(tokenizer.eval().requires_grad_(False))
         self.tokenizer_config = config
 
     def train(self, mode: bool = True) -> "GPTTask":
@@ -168,10 +171,11 @@ class GPTTask(LoggedModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning asks here; what it would do itself fails with fused optimizers in bf16-mixed."""
+        norm = None if self.gradient_watch is None else self.gradient_watch(optimizer)
         by_norm = gradient_clip_algorithm in (None, "norm")
         scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
         if gradient_clip_val and by_norm and scaler is None:
-            clip_gradients(optimizer, gradient_clip_val)
+            clip_gradients(optimizer, gradient_clip_val, norm=norm)
         elif gradient_clip_val and by_norm and optimizer.defaults.get("fused"):
             # Asked so that nothing is fetched from the device.
             clip_gradients(optimizer, gradient_clip_val, loss_scale=scaler.scale(torch.ones((), device=self.device)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -46,20 +47,38 @@ def build_optimizer(factory: Callable[[Iterable], Optimizer], net: nn.Module) ->
     return factory(groups)
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float, *, loss_scale: Tensor | None = None) -> None:
+def gradient_norm(optimizer: Optimizer) -> Tensor | None:
+    """Global L2 norm of an optimizer's gradients, a scalar on their device; None where there are none.
+
+    Of sharded gradients over all shards, known to every process: a DTensor, as :func:`clip_gradients` needs it.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return None
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    return norm
+
+
+def clip_gradients(
+    optimizer: Optimizer, max_norm: float, *, norm: Tensor | None = None, loss_scale: Tensor | None = None
+) -> None:
     """Scale the gradients of an optimizer down to a global norm of ``max_norm``; of sharded ones over all shards.
 
     Lightning's own clipping refuses fused optimizers under every mixed precision: those of float16 carry a loss scale
     into the step, which is only taken off there.
 
     Args:
-        optimizer: whose gradients.
-        max_norm: of all of them together, without the loss scale.
+        optimizer: of the parameters.
+        max_norm: after it.
         loss_scale: scalar on their device that all gradients are multiplied with; None: they are not.
+        norm: what :func:`gradient_norm` says of these gradients, if it was asked already.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm if loss_scale is None else norm / loss_scale)
+    norm = gradient_norm(optimizer) if norm is None else norm
+    if norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm if loss_scale is None else norm / loss_scale)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ KNOWN = {
     "smalto.tasks.tokenizer.TokenizerTask": Known(
         "task of a tokenizer",
         "smalto.tasks.tokenizer:TokenizerTask",
-        later=("net", "optimizer", "schedule", "discriminator", "perceptual"),
+        later=("net", "optimizer", "schedule", "discriminator", "perceptual", "compile", "init_discriminator"),
     ),
     "smalto.data.codes.CodeShards": Known("codes", "smalto.data.codes:CodeShards", later=("num_workers",)),
 }

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from smalto.data.transforms import to_float, to_pixels
 from smalto.errors import InputError
-from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight
+from smalto.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight, mean_logit
 from smalto.nn.flops import forward_flops
+from smalto.nn.layout import image_layout, lay_out
 from smalto.sampling.engine import EngineConfig
 from smalto.tasks.checkpoint import start_from
+from smalto.tasks.ddp import NetworkDDPStrategy
 from smalto.tasks.optim import Schedule, build_optimizer, clip_gradients
 from smalto.tasks.parallel import from_the_seed
 from smalto.tasks.step_log import LoggedModule
@@ -47,6 +49,10 @@ class TokenizerTask(LoggedModule):
         adaptive_disc_weight: scale the adversarial term by the ratio of gradient norms at the last layer (VQGAN);
             off in the paper's runs.
         gradient_clip: maximal global norm, for each network; 0 does not clip.
+        compile: compile encoder, decoder and perceptual loss for training (minutes, once). Validation and
+            :meth:`reconstruct` stay eager, so that other sizes compile nothing; the discriminator too, whose
+            normalisation talks to other processes.
+        init_discriminator: with ``init_from``, the discriminator starts with the weights of that checkpoint, too.
     """
 
     def __init__(
@@ -66,6 +72,8 @@ class TokenizerTask(LoggedModule):
         gen_loss: str = "hinge",
         adaptive_disc_weight: bool = False,
         gradient_clip: float = 1.0,
+        compile: bool = False,
+        init_discriminator: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -90,6 +98,8 @@ class TokenizerTask(LoggedModule):
         self.gen_loss = GENERATOR_LOSSES[gen_loss]
         self.adaptive_disc_weight = adaptive_disc_weight
         self.gradient_clip = gradient_clip
+        self.compile_net = compile
+        self.init_discriminator = init_discriminator
         self.to_pixels: Callable[[Tensor], Tensor] = to_pixels
         """Float pictures to uint8; evaluation may resize here, before anything is rounded."""
         self.engine = EngineConfig()
@@ -99,6 +109,10 @@ class TokenizerTask(LoggedModule):
         self.init_from: str | Path | None = None
         """Checkpoint whose weights the network starts with; set before :meth:`configure_model`."""
         self._flops: dict[bool, float] = {}
+        self.gradient_watch: Callable[[Optimizer], Tensor | None] | None = None
+        """Sees an optimizer's gradients before they are clipped, and tells their norm."""
+        self._replicas: dict[str, Any] = {}
+        self._distance: Callable[[nn.Module, Tensor, Tensor], Tensor] = _mean_distance
         self.net: Any = None
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -108,16 +122,19 @@ class TokenizerTask(LoggedModule):
         if self.net is not None:
             return
         with from_the_seed():
-            # Channels last: convolutions are a fifth faster on CPUs and on GPUs in half precision.
-            self.net = self.net_factory().to(memory_format=torch.channels_last)
+            self.net = lay_out(self.net_factory())
             if self.discriminator_factory:
+                # Without group normalisation channels last is right everywhere.
                 self.discriminator = self.discriminator_factory().to(memory_format=torch.channels_last)
             self.perceptual = self.perceptual_factory() if self.perceptual_factory else None
         if self.init_from is not None:
-            start_from(self, self.init_from, kind="tokenizer")
+            start_from(self, self.init_from, kind="tokenizer", discriminator=self.init_discriminator)
+        if self.compile_net:
+            self.net.compile_stacks()
+            self._distance = torch.compile(_mean_distance, dynamic=False, fullgraph=True)
 
     def setup(self, stage: str) -> None:
-        """Refuse what manual optimization cannot do; tell DDP that not every step has gradients for every parameter."""
+        """Refuse what manual optimization cannot do, and options that would have no effect."""
         if self.trainer.precision == "16-mixed":
             raise InputError(
                 "trainer.precision is 16-mixed; two optimizers share no loss scaler here, use bf16-mixed or 32"
@@ -128,15 +145,35 @@ class TokenizerTask(LoggedModule):
                 "strategy=fsdp shards transformers; a tokenizer fits on every device many times over, so train it with "
                 "strategy=ddp"
             )
-        if self.discriminator_factory is not None and isinstance(strategy, DDPStrategy):
-            # Each of the two networks has no gradient in the other's backward pass, and the discriminator none at all
-            # before its start. Read when the module is wrapped, which comes after this.
+        if self.init_discriminator and self.discriminator_factory is None:
+            raise InputError("task.init_discriminator=true, but this run has no discriminator (discriminator=none)")
+        if torch.are_deterministic_algorithms_enabled():
+            torch.backends.cudnn.benchmark = False  # it would choose by time, which is never twice the same
+        plain_ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, NetworkDDPStrategy)
+        if self.discriminator_factory is not None and plain_ddp:
+            # Configs of older runs name Lightning's own strategy. It wraps both networks at once, each of which has no
+            # gradient in the other's backward pass. Read when the module is wrapped, which comes after this.
             strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def wrap_networks(self, wrap: Callable[[nn.Module], Any]) -> None:
+        """Replace calls of each network in training by those of its wrap; weights and their names stay as they are."""
+        self._replicas = {name: wrap(net) for name, net in self._networks().items()}
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the wraps, whose processes end."""
+        self._replicas = {}
+
+    def _networks(self) -> dict[str, nn.Module]:
+        nets = {"net": self.net, "discriminator": self.discriminator}
+        return {name: net for name, net in nets.items() if net is not None}
+
+    def _in_training(self, name: str) -> Any:
+        """A network as its own backward pass needs it: under ddp its wrap, which averages the gradients."""
+        return self._replicas[name] if name in self._replicas else getattr(self, name)
 
     def configure_optimizers(self) -> Any:
         """One optimizer per network, generator first; the discriminator's rate follows the generator's."""
-        nets = [self.net] + ([self.discriminator] if self.discriminator is not None else [])
-        optimizers = [build_optimizer(self.optimizer_factory, net) for net in nets if net is not None]
+        optimizers = [build_optimizer(self.optimizer_factory, net) for net in self._networks().values()]
         return optimizers, [self.schedule.scheduler(optimizers[0])]
 
     @property
@@ -179,7 +216,8 @@ class TokenizerTask(LoggedModule):
 
     @staticmethod
     def _image(batch: ImageBatch) -> Tensor:
-        return to_float(batch["image"]).contiguous(memory_format=torch.channels_last)
+        image = to_float(batch["image"])
+        return image.contiguous(memory_format=image_layout(image.device))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """One generator step, then, from ``disc_start`` on, one discriminator step on the same reconstructions."""
@@ -202,7 +240,7 @@ class TokenizerTask(LoggedModule):
 
     def generator_losses(self, image: Tensor, *, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction of float (B, 3, H, W) in [-1, 1], and every term of the loss; ``loss`` is to be minimised."""
-        reconstruction, quantized = self.net(image)
+        reconstruction, quantized = self._in_training("net")(image)
         rec = self.reconstruction_loss(reconstruction, image)
         losses = {
             "rec_loss": rec,
@@ -211,13 +249,14 @@ class TokenizerTask(LoggedModule):
         }
         image_loss = self.reconstruction_weight * rec
         if self.perceptual is not None:
-            losses["perceptual_loss"] = self.perceptual(reconstruction, image).mean()
+            losses["perceptual_loss"] = self._distance(self.perceptual, reconstruction, image)
             image_loss = image_loss + self.perceptual_weight * losses["perceptual_loss"]
         total = image_loss + quantized.loss
         if self.net.quantizer.entropy_weight > 0:
             losses["entropy_loss"] = quantized.entropy_loss
         if adversarial:
-            self.discriminator.requires_grad_(False)  # the generator's pass must not leave gradients there
+            # The generator's pass must not leave gradients there. Not the wrap: it would expect some.
+            self.discriminator.requires_grad_(False)
             losses["gen_loss"] = self.gen_loss(self.discriminator(reconstruction))
             weight: Tensor | float = self.disc_weight
             if self.adaptive_disc_weight:
@@ -233,30 +272,34 @@ class TokenizerTask(LoggedModule):
         optimizer = optimizers[1]
         for group in optimizer.param_groups:
             group["lr"] = rate
-        real, fake = self.discriminator(image), self.discriminator(reconstruction)
+        discriminator = self._in_training("discriminator")
+        real, fake = discriminator(image), discriminator(reconstruction)
         loss = self.disc_loss(real, fake)
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(self.disc_weight * loss)
         self._clip(optimizer)
         optimizer.step()
-        return {"disc_loss": loss, "disc_real": real.mean(), "disc_fake": fake.mean()}
+        return {"disc_loss": loss, "disc_real": mean_logit(real), "disc_fake": mean_logit(fake)}
 
     def _clip(self, optimizer: Optimizer) -> None:
+        norm = None if self.gradient_watch is None else self.gradient_watch(optimizer)
         if self.gradient_clip > 0:
-            clip_gradients(optimizer, self.gradient_clip)
+            clip_gradients(optimizer, self.gradient_clip, norm=norm)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Losses of the batch; its reconstruction goes on to the callbacks."""
+        """Losses of the batch; its reconstruction goes on to the callbacks. In float32, as ``smalto evaluate``."""
         image = self._image(batch)
-        reconstruction, quantized = self.net(image)
+        with torch.autocast(self.device.type, enabled=False):
+            reconstruction, quantized = self.net(image)
+            rec_loss = self.reconstruction_loss(reconstruction, image)
+            distance = None if self.perceptual is None else self.perceptual(reconstruction, image).mean()
         self.log(
             "val/rec_loss",
-            self.reconstruction_loss(reconstruction, image),
+            rec_loss,
             sync_dist=True,
             batch_size=len(image),
         )
-        if self.perceptual is not None:
-            distance = self.perceptual(reconstruction, image).mean()
+        if distance is not None:
             self.log(f"val/{self.perceptual.name}", distance, sync_dist=True, batch_size=len(image))
         return {"reconstruction": self.to_pixels(reconstruction), "codes": quantized.codes}
 
@@ -267,3 +310,8 @@ class TokenizerTask(LoggedModule):
         with in_precision(self.engine.decode, image.device):
             reconstruction = self.net.decode_latent(quantized.latent).float()
         return self.to_pixels(reconstruction), quantized.codes
+
+
+def _mean_distance(perceptual: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A function, not a method: what is compiled is no module, so none changes its name."""
+    return perceptual(x, y).mean()

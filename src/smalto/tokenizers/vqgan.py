@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from smalto.errors import InputError
 from smalto.nn.conv import Downsample, Normalize, ResnetBlock, SpatialAttention, Upsample, silu
+from smalto.nn.layout import LaidOut
 from smalto.tokenizers.quantize import QuantizerOutput, VectorQuantizer
 from smalto.types import CodeShape
 
@@ -138,7 +140,7 @@ class Decoder(nn.Module):
         return self.conv_out(silu(self.norm_out(x)))
 
 
-class VQModel(nn.Module):
+class VQModel(LaidOut):
     """Image tokenizer: one code per ``downsample_factor`` x ``downsample_factor`` patch, raster order.
 
     Args:
@@ -181,6 +183,19 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(z_channels, self.quantizer.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(self.quantizer.codebook_dim, z_channels, 1)
         self.decoder = Decoder(stack, z_channels=z_channels)
+        self._run_in_training: Callable[[nn.Module, Tensor], Tensor] = _run
+
+    def compile_stacks(self) -> None:
+        """Compile encoder and decoder for training, one graph each.
+
+        Not block by block: blocks of a dozen shapes share their code, more than torch keeps compiled variants of one
+        function, and it would go on with the rest uncompiled. Within a wrap of DDP torch divides the graphs where
+        gradients are due. Evaluation stays eager, so the sizes of its batches compile nothing.
+        """
+        self._run_in_training = torch.compile(_run, dynamic=False, fullgraph=True)
+
+    def _stack(self, stack: nn.Module, x: Tensor) -> Tensor:
+        return (self._run_in_training if self.training and torch.is_grad_enabled() else _run)(stack, x)
 
     @property
     def last_layer(self) -> Tensor:
@@ -194,11 +209,11 @@ class VQModel(nn.Module):
                 f"images of {tuple(image.shape[-2:])} px cannot be tokenized with stride {self.downsample_factor}; "
                 "both sides must be multiples of it: crop or resize them (image_size=)"
             )
-        return self.quantizer(self.quant_conv(self.encoder(image)))
+        return self.quantizer(self.quant_conv(self._stack(self.encoder, image)))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """(B, codebook_dim, h, w) to float (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latent))
+        return self._stack(self.decoder, self.post_quant_conv(latent))
 
     def forward(self, image: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Reconstruct float (B, 3, H, W) in [-1, 1]."""
@@ -219,3 +234,8 @@ class VQModel(nn.Module):
             )
         latent = self.quantizer.lookup(codes).view(codes.shape[0], rows, columns, -1).movedim(-1, 1)
         return self.decode_latent(latent.to(self.post_quant_conv.weight.dtype))
+
+
+def _run(stack: nn.Module, x: Tensor) -> Tensor:
+    """A function, not a method: what is compiled is no module, so none changes its name."""
+    return stack(x)
