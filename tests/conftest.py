@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,18 @@ from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.models.gpt import GPT
 from smalto.tokenizers.quantize import VectorQuantizer
 from smalto.tokenizers.vqgan import VQModel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that fork come first: a process that has compiled, or pretended devices, has no forks that could train."""
+    forking = {path: forks(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: not forking[item.path])
+
+
+def forks(path: Path) -> bool:
+    """Whether a file of tests forks."""
+    source = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
+    return any(word in source for word in ("forked_ranks", "mark.apart", 'get_context("fork")', "os.fork"))
 
 
 @pytest.hookimpl(tryfirst=True)
