@@ -123,7 +123,7 @@ def test_what_the_authors_do_otherwise_has_a_name():
     assert type(optimizer) is torch.optim.Adam
     assert optimizer.defaults["weight_decay"] == 0
     assert list(optimizer.defaults["betas"]) == [0.9, 0.95]
-    config = compose("train", ["experiment=c2i_256", "ablation=raw_weights"])
+    config = compose("train", ["experiment=c2i_256", "ablation=authors_ema"])
     assert not any(node["_target_"].endswith(".EMA") for node in chosen(config.callbacks))
 
 
