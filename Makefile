@@ -99,7 +99,7 @@ same-numbers: $(READY) ## BASE=REVISION [ONLY=gpt]: does this tree compute what 
 
 gpu-check: $(READY) ## two minutes on one or two GPUs: does all work there as it should? DEVICE=cpu: the same on the CPU
 	@PYTHONPATH=tests $(PY) -m gpu_check device=$(DEVICE) out=$(OUT)/gpu_check/report.json
-	@test "$(DEVICE)" = cpu || $(PY) -m pytest -n 0 -m gpu -k "not test_gpu"
+	@test "$(DEVICE)" = cpu || $(PY) -m pytest -n 0 -m gpu -k "not test_check_on_gpu"
 
 bench: $(READY) ## table of speeds, under ten minutes; ARGS="parts=sampling,data peer=PATH rounds=9 threads=1"
 	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)

@@ -61,7 +61,7 @@ def on_gpu(tmp_path_factory):
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
-def test_gpu(check, on_gpu):
+def test_check_on_gpu(check, on_gpu):
     rows: list[Row] = program.looked_at(check, on_gpu)
     assert [row for row in rows if row.verdict == BAD] == []
 
