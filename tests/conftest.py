@@ -2,42 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from forked_ranks import apart
 from smalto.models.conditioner import ClassConditioner, TextConditioner
 from smalto.models.gpt import GPT
 from smalto.tokenizers.quantize import VectorQuantizer
 from smalto.tokenizers.vqgan import VQModel
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that fork come first: a process that has compiled, or pretended devices, has no forks that could train."""
-    forking = {path: forks(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: not forking[item.path])
-
-
-def forks(path: Path) -> bool:
-    """Whether a file of tests forks."""
-    source = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
-    return any(word in source for word in ("forked_ranks", "mark.apart", 'get_context("fork")', "os.fork"))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Tests marked ``apart`` run in a process of their own."""
-    if pyfuncitem.get_closest_marker("apart") is None:
-        return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    try:
-        apart(lambda: pyfuncitem.obj(**arguments))
-    except AssertionError as failed:
-        pytest.fail(str(failed), pytrace=False)
-    return True
+# The first backward pass of a process decides whether autograd starts threads, which no fork survives. Here, before
+# anything has been registered that looks like another device, it starts none, and tests may fork ranks that train.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

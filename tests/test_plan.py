@@ -11,8 +11,6 @@ from smalto.nn.peak import NAMED_TFLOPS
 from smalto.planning.step import StepBytes, trained_parameters
 from smalto.runtime import build, compose, conf_dir
 
-pytestmark = pytest.mark.apart
-
 CONF = Path(conf_dir())
 GIB = 2**30
 ALONE = ["experiment=c2i_256", "task.tokenizer_ckpt=null", "callbacks.generation=null"]

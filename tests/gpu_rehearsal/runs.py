@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.trainer import call
 
-from forked_ranks import apart
 from gpu_rehearsal.findings import Findings
 from gpu_rehearsal.machine import ON_GPU, gpu
 from smalto import train
@@ -93,13 +92,9 @@ TEXT += ["data=synthetic_text", "callbacks=_common"]
 
 
 def trained(folder: Path, *words: str) -> Findings:
-    """Train on the pretended GPU, in a process of its own; what was found."""
-
-    def run() -> Findings:
-        found = Findings()
-        config = compose("train", [*TRAINER, *words, *ON_GPU, f"run_dir={folder}"])
-        with gpu(found), phases(found):
-            train.run(config)
-        return found
-
-    return apart(run)
+    """Train on the pretended GPU; what was found."""
+    found = Findings()
+    config = compose("train", [*TRAINER, *words, *ON_GPU, f"run_dir={folder}"])
+    with gpu(found), phases(found):
+        train.run(config)
+    return found

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from forked_ranks import apart
 from gpu_rehearsal.cases import CASES, NEEDS_TOKENIZER, SLOW
 from gpu_rehearsal.findings import FETCH, GENERATOR, MIXED, SEND, Findings
 from gpu_rehearsal.runs import BETWEEN, END, EVALUATION, EVENT, QUIET, REPEATED, TOKENIZER_FILE, VALIDATION, trained
@@ -25,7 +24,7 @@ EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for
 def tokenizer(tmp_path_factory):
     """A checkpoint of a tokenizer, made on the CPU."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    apart(lambda: train.run(compose("train", [*TOKENIZER_FILE, f"run_dir={folder}"])))
+    train.run(compose("train", [*TOKENIZER_FILE, f"run_dir={folder}"]))
     return folder / "checkpoints" / "last.ckpt"
 
 

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from forked_ranks import apart
 from gpu_rehearsal.findings import FETCH, GENERATOR, MIXED, SEND, Findings
 from gpu_rehearsal.machine import gpu
 from gpu_rehearsal.pretend import CUDA, OnDevice
@@ -18,8 +17,6 @@ from smalto.runtime import compose
 from smalto.sampling.engine import EngineConfig
 from smalto.types import SamplingConfig
 from tiny_tasks import SHAPE, make_gpt_task
-
-pytestmark = pytest.mark.apart
 
 CODES = SHAPE[0][0] * SHAPE[0][1]
 SETTINGS = {
@@ -81,7 +78,7 @@ def test_what_cuda_has_no_kernels_for_is_refused():
 def made(tmp_path_factory):
     """Images, a tokenizer, codes and a generator, made on the CPU."""
     folder = tmp_path_factory.mktemp("made")
-    apart(lambda: make(folder))
+    make(folder)
     return folder
 
 

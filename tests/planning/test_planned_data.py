@@ -5,8 +5,6 @@ from smalto.planning.dataset import IMAGENET, code_shard_bytes, stored_bytes, tr
 from smalto.planning.schedule import find_schedule
 from test_extract import CODEBOOK, GRID, extract, images  # noqa: F401
 
-pytestmark = pytest.mark.apart
-
 
 def test_codes_take_the_bytes_that_were_planned(images, tmp_path):  # noqa: F811
     folder = tmp_path / "codes"

@@ -18,8 +18,6 @@ from smalto.planning.step import StepBytes, trace_step
 from smalto.runtime import build, compose
 from tiny_tasks import make_gpt_task, make_tokenizer_task
 
-pytestmark = pytest.mark.apart
-
 THIS_CPU = [
     "device=measured",
     "devices.measured.fp32_tflops=1",

@@ -15,8 +15,6 @@ from smalto.planning.outline import build_outline
 from smalto.planning.traffic import batch_bytes, ddp_traffic, fsdp_traffic, logged_numbers
 from tiny_tasks import make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
 
-pytestmark = pytest.mark.apart
-
 
 def outlined(task):
     build_outline(task)

@@ -20,8 +20,6 @@ from smalto.sampling.compiled import CompiledEngine
 from smalto.sampling.engine import DecodeEngine, EngineConfig
 from smalto.types import SamplingConfig
 
-pytestmark = pytest.mark.apart
-
 GUIDED = {"cfg_scale": 3.0, "cfg_interval": 4}  # the rows become half as many on the way
 FILTERED = {"cfg_scale": 2.0, "top_k": 9, "top_p": 0.9, "temperature": 0.8}
 LABELS = torch.tensor([0, 5, 9])
