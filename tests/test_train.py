@@ -218,3 +218,16 @@ def test_resuming_by_the_run_folders_own_config(tmp_path):
     (tmp_path / "run/metrics.json").unlink()
     own = OmegaConf.load(tmp_path / "run/config.yaml")
     assert train.run(own)["val/loss"] == first["val/loss"]
+
+
+def test_an_option_that_came_later_and_is_off_does_not_stop_an_older_run():
+    old = {"task": {"disc_start": 3}, "trainer": {"max_steps": 4}}
+    new = {"task": {"disc_start": 3, "compile": False}, "trainer": {"max_steps": 4, "benchmark": True}}
+    assert train.differing_keys(old, new) == []
+    new["task"]["compile"] = True
+    assert train.differing_keys(old, new) == ["task.compile: None -> True"]
+
+
+def test_an_option_that_was_off_by_null_is_one_that_was_there():
+    old, new = {"trainer": {"gradient_clip_val": None}}, {"trainer": {"gradient_clip_val": 0}}
+    assert train.differing_keys(old, new) == ["trainer.gradient_clip_val: None -> 0"]
