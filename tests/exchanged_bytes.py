@@ -1,9 +1,5 @@
-"""What two gloo processes exchange in a few training steps, in a process of its own: autograd's threads, which a
-backward pass starts once fake tensors were used anywhere before, do not survive the fork of the two.
-"""
+"""What two gloo processes exchange in a few training steps."""
 
-import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,12 +92,8 @@ def exchanged_by_fsdp(folder, rank: int, *, precision: str, accumulate: int, red
     return sum(gathered), sum(reduced)
 
 
-def main(folder: Path) -> None:
-    """Results of all ranks as JSON."""
-    found = {"ddp": run_ranks(partial(exchanged_by_ddp, folder), 2)}
+def exchanged_bytes(folder: Path) -> dict[str, Any]:
+    """Of each strategy, and of each of its ``SETTINGS``, the results of all ranks."""
+    found: dict[str, Any] = {"ddp": run_ranks(partial(exchanged_by_ddp, folder), 2)}
     found["fsdp"] = [run_ranks(partial(exchanged_by_fsdp, folder, **settings), 2) for settings in SETTINGS]
-    sys.stdout.write(f"\n{json.dumps(found)}\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

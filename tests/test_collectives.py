@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from hydra.utils import instantiate
 from lightning.pytorch.strategies import DDPStrategy
 from tiny_features import TinyFeatures
 
@@ -94,8 +95,7 @@ def train(folder: Path, task: Any, data: Any, strategy: Any, *callbacks: L.Callb
 def ddp() -> DDPStrategy:
     """As ``strategy=ddp`` makes it."""
     options = yaml.safe_load((CONF / "strategy/ddp.yaml").read_text())["strategy"]
-    options.pop("_target_")
-    return DDPStrategy(process_group_backend="gloo", **options)
+    return instantiate(options, process_group_backend="gloo")
 
 
 def tokenizer(folder: Path, rank: int) -> list[Call]:

@@ -19,20 +19,21 @@ from smalto.tokenizers.vqgan import VQModel
 SIZE = 16
 
 
+TOKENIZER = partial(
+    VQModel,
+    image_size=SIZE,
+    base_channels=8,
+    channel_multipliers=[1, 2],
+    num_res_blocks=1,
+    z_channels=8,
+    norm_groups=4,
+    quantizer=partial(VectorQuantizer, codebook_size=16, codebook_dim=4),
+)
+
+
 def make_tokenizer_task(**overrides) -> TokenizerTask:
-    net = partial(
-        VQModel,
-        image_size=SIZE,
-        base_channels=8,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        z_channels=8,
-        dropout=0.1,  # so that randomness matters for resuming
-        norm_groups=4,
-        quantizer=partial(VectorQuantizer, codebook_size=16, codebook_dim=4),
-    )
     settings = {
-        "net": net,
+        "net": partial(TOKENIZER, dropout=0.1),  # so that randomness matters for resuming
         "optimizer": partial(torch.optim.AdamW, lr=1e-2, betas=[0.9, 0.95]),
         "discriminator": partial(PatchDiscriminator, base_channels=8, num_layers=1),
         "schedule": Schedule(kind="cosine", warmup_steps=2, total_steps=12),

@@ -174,9 +174,9 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     old, new = (redacted(old), redacted(new)) if not prefix else (old, new)
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in {**old, **new} if (prefix or key not in VOLATILE) and f"{prefix}{key}" not in PLACEMENT]
+        later = {key for key in keys if key not in old and new[key] in UNSET}  # the version before had no such option
+        keys = [key for key in keys if key not in later]
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
-    if old is None and new in UNSET:  # an option that the version before had not got
-        return []
     return [] if old == new else [f"{prefix[:-1]}: {old} -> {new}"]
 
 

@@ -22,25 +22,13 @@ from smalto.callbacks.ema import EMA
 from smalto.callbacks.step_seed import StepSeed
 from smalto.models.conditioner import ClassConditioner
 from smalto.models.gpt import GPT
-from smalto.tokenizers.quantize import VectorQuantizer
-from smalto.tokenizers.vqgan import VQModel
-from tiny_tasks import make_gpt_task, make_tokenizer_task, make_trainer
+from tiny_tasks import TOKENIZER, make_gpt_task, make_tokenizer_task, make_trainer
 
 STEPS, EVERY = 12, 2
 
 
 def tokenizer_task(folder, workers):
-    net = partial(
-        VQModel,
-        image_size=8,
-        base_channels=8,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        z_channels=8,
-        dropout=0.1,
-        norm_groups=4,
-        quantizer=partial(VectorQuantizer, codebook_size=16, codebook_dim=4),
-    )
+    net = partial(TOKENIZER, image_size=8, dropout=0.1)
     return make_tokenizer_task(net=net, disc_start=3), images(folder, workers)
 
 

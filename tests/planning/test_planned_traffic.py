@@ -1,16 +1,11 @@
 """Planned bytes of a step against arithmetic by hand and against what two gloo processes really exchange."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-import exchanged_bytes
-from exchanged_bytes import SETTINGS, STEPS, make_task
+from exchanged_bytes import SETTINGS, STEPS, exchanged_bytes, make_task
 from smalto.planning.outline import build_outline
 from smalto.planning.traffic import batch_bytes, ddp_traffic, fsdp_traffic, logged_numbers
 from tiny_tasks import make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
@@ -23,11 +18,7 @@ def outlined(task):
 
 @pytest.fixture(scope="module")
 def exchanged(tmp_path_factory):
-    command = [sys.executable, exchanged_bytes.__file__, str(tmp_path_factory.mktemp("exchanged"))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return exchanged_bytes(tmp_path_factory.mktemp("exchanged"))
 
 
 def test_ddp_exchanges_what_is_planned(exchanged):

@@ -1,7 +1,6 @@
 """task.compile: one graph for all blocks under every strategy, and nothing of evaluation or sampling in it."""
 
-import os
-from functools import partial, wraps
+from functools import partial
 
 import pytest
 import torch
@@ -41,22 +40,6 @@ def without_kernels(monkeypatch):
     torch.compiler.reset()
 
 
-def apart(test):
-    """In a process of its own: tracing a backward pass starts threads of autograd, which no later fork survives."""
-
-    @wraps(test)
-    def run(*args, **kwargs) -> None:
-        def alone(rank: int) -> None:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-                del os.environ[name]
-            test(*args, **kwargs)
-
-        (trouble,) = run_ranks(alone, 1)
-        assert trouble is None, trouble
-
-    return run
-
-
 def forget() -> None:
     torch.compiler.reset()
     counters.clear()
@@ -80,7 +63,6 @@ def losses_of(folder, where, *, precision="32-true", **options) -> tuple[list[fl
 
 
 @pytest.mark.parametrize("recompute_every", [0, 1, 2])
-@apart
 def test_all_blocks_are_one_graph(tmp_path, recompute_every):
     losses, made = losses_of(tmp_path, {}, compile=True, recompute_every=recompute_every)
     assert made == (1, {})
@@ -113,7 +95,6 @@ def test_gathered_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("text", [False, True])
-@apart
 def test_dropout_depth_and_masks_do_not_compile_per_layer(text):
     net = factory(dropout=0.1, drop_path=0.3, conditioner=TEXT if text else CLASSES)().train()
     net.compile_blocks()
@@ -130,7 +111,6 @@ def test_dropout_depth_and_masks_do_not_compile_per_layer(text):
     assert not torch.equal(seeded[0], seeded[1])
 
 
-@apart
 def test_evaluation_and_sampling_stay_eager():
     task = make_gpt_task(net=factory(), compile=True)
     task.configure_model()
@@ -143,7 +123,6 @@ def test_evaluation_and_sampling_stay_eager():
     assert graphs() == (0, {})
 
 
-@apart
 def test_what_is_no_single_graph_is_an_error():
     class Breaking(nn.Module):
         def forward(self, x):
@@ -158,7 +137,6 @@ def test_what_is_no_single_graph_is_an_error():
 
 
 @pytest.mark.parametrize("recompute_every", [0, 1])
-@apart
 def test_gradients_of_a_block_are_there_before_earlier_blocks_are_passed(recompute_every, monkeypatch):
     """So that their exchange runs beside the rest of the backward pass."""
     events: list[int | str] = []

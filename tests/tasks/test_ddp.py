@@ -19,27 +19,16 @@ from smalto.callbacks.step_seed import StepSeed
 from smalto.losses.patchgan import PatchDiscriminator
 from smalto.runtime import compose
 from smalto.tasks.ddp import NetworkDDPStrategy
-from smalto.tokenizers.quantize import VectorQuantizer
-from smalto.tokenizers.vqgan import VQModel
-from tiny_tasks import SIZE, make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
+from tiny_tasks import TOKENIZER, make_codes, make_gpt_task, make_images, make_tokenizer_task, make_trainer
 
 START = 2
 """Step at which the discriminator comes into being."""
 
 
 def make_task(**overrides):
-    net = partial(  # as that of tiny_tasks, without dropout, which every process draws for itself
-        VQModel,
-        image_size=SIZE,
-        base_channels=8,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        z_channels=8,
-        norm_groups=4,
-        quantizer=partial(VectorQuantizer, codebook_size=16, codebook_dim=4),
-    )
+    """Without dropout, which every process draws for itself."""
     optimizer = partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    return make_tokenizer_task(**{"net": net, "optimizer": optimizer, "disc_start": START} | overrides)
+    return make_tokenizer_task(**{"net": TOKENIZER, "optimizer": optimizer, "disc_start": START} | overrides)
 
 
 def fit(folder, task, *, world_size=1, strategy=None, max_steps=4, start=None):

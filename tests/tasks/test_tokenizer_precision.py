@@ -11,17 +11,11 @@ from smalto.losses.perceptual import PerceptualLoss
 from smalto.nn import layout
 from smalto.runtime import compose
 from smalto.tokenizers.quantize import VectorQuantizer
-from smalto.tokenizers.vqgan import VQModel
-from tiny_tasks import make_images, make_tokenizer_task, make_trainer
+from tiny_tasks import TOKENIZER, make_images, make_tokenizer_task, make_trainer
 
 ENTROPY = partial(
-    VQModel,
+    TOKENIZER,
     image_size=32,
-    base_channels=8,
-    channel_multipliers=[1, 2],
-    num_res_blocks=1,
-    z_channels=8,
-    norm_groups=4,
     quantizer=partial(VectorQuantizer, codebook_size=16, codebook_dim=4, entropy_weight=0.1),
 )
 SQUEEZE = partial(PerceptualLoss, net="squeeze_caffe")
